@@ -1,0 +1,1 @@
+"""Asynchronous actor-learner reinforcement learning for language models."""

@@ -1,0 +1,1 @@
+"""Configuration: strict models (`models`), YAML and dotted overrides (`loading`), resolved arithmetic (`plan`)."""

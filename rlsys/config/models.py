@@ -1,0 +1,344 @@
+"""The configuration of a run: strict models, so that an unknown or misspelt key is an error.
+
+Every key a user can write is here, with its default, unit and range. Parts of an algorithm (`algorithm.loss` and so on) are
+named and take the options of their own class; they are checked when the algorithm is composed (`rlsys plan` does that).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class RunConfig(Strict):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, also in W&B.")
+    dir: str = Field("runs/{name}", description="Where everything goes; `{name}` is replaced by the name.")
+    seed: NonNegativeInt = 0
+    steps: PositiveInt = Field(100, description="Optimizer batches to train on: each makes one weight version.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest valid checkpoint in the run directory. never: refuse to reuse it."
+    )
+
+
+# ---- model --------------------------------------------------------------------------------------------------------
+
+
+class WarmStartConfig(Strict):
+    """Supervised steps on noisy worked sums that give the tiny model something to improve on."""
+
+    steps: NonNegativeInt = 250
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 3e-3
+    wrong_step: Fraction = Field(0.35, description="Probability that one running sum of a demonstration is wrong.")
+    seed: NonNegativeInt = 0
+
+
+class TinyModelConfig(Strict):
+    """A character-level Qwen3 built from scratch and saved as an ordinary Hugging Face checkpoint."""
+
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    key_value_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    cache_dir: str = Field("cache/models", description="Built models are kept here, by the hash of their config.")
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+
+class ModelConfig(Strict):
+    """Either `path` (a folder in Hugging Face format, or a hub name) or `tiny`."""
+
+    path: str | None = None
+    tiny: TinyModelConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: PositiveInt = Field(1024, description="Prompt and response together, in tokens.")
+
+
+# ---- prompts ------------------------------------------------------------------------------------------------------
+
+
+class SumsSource(Strict):
+    """Built-in task: add a few numbers step by step. Unlimited fresh problems."""
+
+    kind: Literal["sums"]
+    task: str = "sums"
+    terms: tuple[PositiveInt, PositiveInt] = Field((3, 5), description="Fewest and most terms.")
+    largest: PositiveInt = Field(99, description="Largest term.")
+    seed: NonNegativeInt = Field(0, description="Which problems; use another one for held-out problems.")
+
+
+class JsonlSource(Strict):
+    """One JSON object a line."""
+
+    kind: Literal["jsonl"]
+    path: str
+    task: str = "default"
+    prompt_key: str = Field("prompt", description="Text, or a list of chat messages.")
+    answer_key: str | None = Field("answer", description="Reference answer; null when rewards need none.")
+    metadata_keys: tuple[str, ...] = ()
+    limit: PositiveInt | None = Field(None, description="Only the first rows.")
+
+
+class HuggingFaceSource(Strict):
+    """A data set of the Hugging Face hub, or a local folder or file that `datasets` loads."""
+
+    kind: Literal["huggingface"]
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    task: str = "default"
+    prompt_key: str = "prompt"
+    answer_key: str | None = "answer"
+    metadata_keys: tuple[str, ...] = ()
+    limit: PositiveInt | None = None
+
+
+class ReasoningGymSource(Strict):
+    """A procedural task of the reasoning-gym library, by name and with its own parameters."""
+
+    kind: Literal["reasoning_gym"]
+    dataset: str
+    size: PositiveInt = 1000
+    seed: NonNegativeInt = 0
+    task: str = "reasoning_gym"
+    parameters: dict[str, Any] = {}
+
+
+PromptSource = Annotated[
+    SumsSource | JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")
+]
+
+
+class PromptsConfig(Strict):
+    train: PromptSource
+    eval: PromptSource | None = None
+    system_prompt: str | None = Field(None, description="Put before chat messages that have no system message.")
+    instruction: str | None = Field(None, description="Appended to the text of every prompt.")
+    chat_template: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: apply the tokenizer's chat template when it has one."
+    )
+    shuffle: bool = True
+    too_long: Literal["error", "skip"] = Field(
+        "error", description="A prompt that leaves no room for rollout.max_new_tokens: stop, or leave it out."
+    )
+
+
+# ---- rollouts -----------------------------------------------------------------------------------------------------
+
+
+class EngineConfig(Strict):
+    """vLLM's own settings. `extra` is passed to vLLM's engine arguments as it is."""
+
+    kv_cache_gib: PositiveFloat = Field(0.25, description="KV cache of one generator on the CPU profile, GiB.")
+    gpu_memory_utilization: Fraction = Field(0.85, description="GPU profile only.")
+    tensor_parallel: PositiveInt = Field(1, description="GPU profile only.")
+    max_num_seqs: PositiveInt = 256
+    threads: PositiveInt | None = Field(None, description="CPU threads of one engine; null: vLLM decides.")
+    extra: dict[str, Any] = {}
+
+
+class RolloutConfig(Strict):
+    generators: PositiveInt = Field(1, description="Engine workers.")
+    samples_per_prompt: PositiveInt = 8
+    max_new_tokens: PositiveInt = 64
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = Field(-1, ge=-1, description="-1: no limit.")
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    engine: EngineConfig = EngineConfig()
+    start_timeout_s: PositiveFloat = Field(300.0, description="A generator must be ready by then.")
+    stall_timeout_s: PositiveFloat = Field(
+        60.0, description="A generator whose tokens do not advance for so long loses its work and is restarted."
+    )
+    attempts: PositiveInt = Field(3, description="Tries of one prompt before it is dropped.")
+
+
+# ---- rewards ------------------------------------------------------------------------------------------------------
+
+
+class RewardFunctionConfig(Strict):
+    """One reward function. The score of a rollout is the weighted sum over the functions that apply to its task."""
+
+    name: str
+    kind: Literal["sums", "math_verify", "reasoning_gym", "python"]
+    weight: float = 1.0
+    tasks: tuple[str, ...] | None = Field(None, description="Only prompts of these tasks; null: all.")
+    path: str | None = Field(None, description="python: `module:function` or `file.py:function`.")
+    options: dict[str, Any] = Field({}, description="Keyword arguments of the function.")
+
+
+class RewardsConfig(Strict):
+    functions: tuple[RewardFunctionConfig, ...] = Field(min_length=1)
+    workers: PositiveInt = 1
+    timeout_s: PositiveFloat = Field(10.0, description="For one rollout; past it the worker process is killed.")
+    concurrency: PositiveInt = Field(16, description="Async functions: rollouts scored at once by one worker.")
+    on_failure: Literal["mask", "stop"] = Field(
+        "mask", description="A reward that raised or timed out: mask that rollout, or stop the run."
+    )
+
+
+# ---- reference ----------------------------------------------------------------------------------------------------
+
+
+class ReferenceConfig(Strict):
+    """Started only when the algorithm needs reference log-probs."""
+
+    path: str | None = Field(None, description="null: the initial model.")
+    micro_batch_tokens: PositiveInt = 16384
+    threads: PositiveInt | None = None
+
+
+# ---- algorithm ----------------------------------------------------------------------------------------------------
+
+
+class PartConfig(BaseModel):
+    """A named part and its options, which the part's own class checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class CriticConfig(Strict):
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 0
+    value_clip: PositiveFloat | None = Field(0.2, description="null: no clipping of the value loss.")
+    hold_policy_steps: NonNegativeInt = Field(0, description="First steps that train the critic only.")
+
+
+class AlgorithmConfig(Strict):
+    """A preset, and what is to differ from it. A field left out has the preset's value."""
+
+    preset: str = "grpo"
+    advantage: PartConfig | None = None
+    filter: tuple[PartConfig, ...] | None = None
+    loss: PartConfig | None = None
+    correction: PartConfig | None = Field(None, description="Off-policy weight: none, truncated importance, ...")
+    regularize: tuple[PartConfig, ...] | None = None
+    aggregate: PartConfig | None = None
+    epochs: PositiveInt | None = Field(None, description="Passes over each batch.")
+    minibatches: PositiveInt | None = Field(None, description="Optimizer updates per pass.")
+    critic: CriticConfig | None = None
+
+
+# ---- learner ------------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Strict):
+    learning_rate: PositiveFloat = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    final_fraction: Fraction = Field(0.0, description="linear, cosine: the last learning rate over the first.")
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class LearnerConfig(Strict):
+    ranks: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 2 and 3, GPU profile).")
+    packing: Literal["padded", "packed"] = Field("padded", description="padded: rows of like length together.")
+    micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one forward pass of a rank, padding included.")
+    logprob_chunk: PositiveInt = Field(4096, description="Tokens whose logits are held at once.")
+    gradient_checkpointing: bool = False
+    non_finite: Literal["stop", "skip"] = Field("stop", description="A non-finite step: end the run, or go on.")
+    threads: PositiveInt | None = Field(None, description="CPU threads of one rank; null: cores / ranks.")
+    step_timeout_s: PositiveFloat = Field(600.0, description="A step must end by then.")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+# ---- the rest -----------------------------------------------------------------------------------------------------
+
+
+class WeightsConfig(Strict):
+    engine: Literal["object_store", "nccl"] = Field("object_store", description="nccl: GPU profile only.")
+    kv_cache: Literal["recompute", "keep"] = Field(
+        "recompute", description="Running requests after an update: recompute their cache (exact) or keep the old one."
+    )
+    timeout_s: PositiveFloat = Field(60.0, description="One generator must take an update by then.")
+
+
+class DriverConfig(Strict):
+    prompts_per_step: PositiveInt = 64
+    max_staleness: NonNegativeInt = Field(1, description="Bound S in weight versions. 0: synchronous, deterministic.")
+    max_groups_in_flight: PositiveInt | None = Field(None, description="null: as the staleness bound allows.")
+
+
+class EvalConfig(Strict):
+    prompts: PositiveInt = 512
+    samples_per_prompt: PositiveInt = 1
+    temperature: NonNegativeFloat = 1.0
+    every: NonNegativeInt = Field(0, description="Steps between evaluations while training; 0: none.")
+    every_prompts: PositiveInt | None = Field(None, description="Problems of an evaluation while training; null: all.")
+    before: bool = True
+    after: bool = True
+    timeout_s: PositiveFloat = 600.0
+
+
+class CheckpointConfig(Strict):
+    every: NonNegativeInt = Field(50, description="Steps between checkpoints; 0: only at the end.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+
+
+class WandbConfig(Strict):
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online when a W&B key is in the environment, else offline."
+    )
+    project: str = "rlsys"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    table_every: NonNegativeInt = Field(10, description="Steps between rows of the sample table; 0: none.")
+    table_rows: PositiveInt = 4
+
+
+class TrackersConfig(Strict):
+    wandb: WandbConfig = WandbConfig()
+    timeline: bool = True
+    console: Literal["auto", "live", "plain", "none"] = Field("auto", description="auto: live on a terminal.")
+
+
+class ResourcesConfig(Strict):
+    """What the run may use of the machine or cluster."""
+
+    cores: PositiveInt | None = Field(None, description="null: what the machine has.")
+    memory_gib: PositiveFloat | None = Field(None, description="null: what the machine has.")
+    object_store_gib: PositiveFloat = 0.5
+    ray_address: str | None = Field(None, description="null: a private cluster on this machine; auto: the running one.")
+
+
+class Config(Strict):
+    """A run."""
+
+    run: RunConfig = RunConfig()
+    profile: Literal["cpu", "gpu"] = "cpu"
+    model: ModelConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    driver: DriverConfig = DriverConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: TrackersConfig = TrackersConfig()
+    resources: ResourcesConfig = ResourcesConfig()

@@ -1,0 +1,62 @@
+"""One exception class per failure boundary. Each failure is attributed once, where it happens.
+
+Messages name the key, row, file, role or process, and say what to do.
+"""
+
+from __future__ import annotations
+
+
+class RlsysError(Exception):
+    """Base of everything that rlsys raises on purpose."""
+
+
+class UserError(RlsysError):
+    """The user can mend it: the command line prints the message alone and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A key is unknown, of the wrong type, out of range, or the arithmetic of several cannot work."""
+
+
+class DataError(UserError):
+    """A data set, row, prompt or model folder is missing or malformed."""
+
+
+class RewardSetupError(UserError):
+    """A reward function cannot be imported, or is not one."""
+
+
+class RunDirError(UserError):
+    """The run directory belongs to another config, or is in use."""
+
+
+class EngineError(RlsysError):
+    """A generation engine failed."""
+
+
+class WeightUpdateError(EngineError):
+    """A weight update was not taken: wrong checksum, shape, version, or past its deadline."""
+
+
+class LearnerError(RlsysError):
+    """The learner cannot go on."""
+
+
+class NonFiniteError(LearnerError):
+    """A step would have applied a non-finite gradient; nothing was applied. Names the samples."""
+
+
+class WorkerDied(RlsysError):
+    """The process behind a role ended. `worker` is its name, such as "generator-0"."""
+
+    def __init__(self, worker: str, cause: str) -> None:
+        super().__init__(f"{worker} died: {cause}")
+        self.worker = worker
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[WorkerDied], tuple[str, str]]:
+        return type(self), (self.worker, self.cause)
+
+
+class WorkerStalled(WorkerDied):
+    """A worker made no progress within its lease and was given up."""

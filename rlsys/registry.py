@@ -1,0 +1,68 @@
+"""Find and build parts: one file, one class, found by its `name`.
+
+A part is a dataclass whose fields are its options. A package of parts (such as `rlsys.advantages`) has a base class; every
+subclass in one of its modules that sets `name` is registered. Nothing is registered by import side effects: the package is
+scanned when a part is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from rlsys.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, candidates: list[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest candidate, else `""`."""
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def discover(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
+    """All registered subclasses of `base` in the modules of `package`, by name."""
+    found: dict[str, type[T]] = {}
+    for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        module = importlib.import_module(info.name)
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ != module.__name__ or not issubclass(cls, base) or "name" not in cls.__dict__:
+                continue
+            name = str(cls.__dict__["name"])
+            if name in found:
+                raise TypeError(f"two parts are named {name!r}: {found[name].__module__} and {cls.__module__}")
+            found[name] = cls
+    return found
+
+
+def build(package: ModuleType, base: type[T], name: str, options: Mapping[str, Any], key: str) -> T:
+    """Build the part `name` from its options, checked by type; `key` is the config key, for messages.
+
+    Raises ConfigError for an unknown part, an unknown option, or a value of the wrong type or range.
+    """
+    parts = discover(package, base)
+    if name not in parts:
+        raise ConfigError(f"{key}.name: no {name!r}{nearest(name, list(parts))}; there are {', '.join(sorted(parts))}")
+    cls = parts[name]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for option in options:
+        if option not in fields:
+            have = ", ".join(fields) or "none"
+            raise ConfigError(
+                f"{key}.{option}: {name!r} has no such option{nearest(option, list(fields))}; its options are: {have}"
+            )
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([key, *(str(part) for part in first["loc"])])
+        raise ConfigError(f"{where}: {first['msg']} (got {first['input']!r})") from None

@@ -1,0 +1,193 @@
+"""What the driver asks of the other parts: one protocol per role, with the small messages they exchange.
+
+Roles are handed to the driver as objects of these protocols. `rlsys.actors` implements them over Ray actors,
+`rlsys.sim` with classes that only take time, in one process and without Ray. A `Handle[X]` is an X that may live elsewhere: the
+value itself in one process, a Ray object reference on a cluster. The driver passes handles on and never opens them.
+
+Failures: a call raises `WorkerDied` when the process behind the role is gone, another `RlsysError` when the role itself
+says that it failed. Every call is awaited with a deadline by the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlsys.metrics import Metric
+from rlsys.types import GroupInfo, Prompt
+
+Handle = Any  # Handle[X]: an X, or a reference to one
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one prompt. `temperature=0` is greedy."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A short token sequence with the learner's own log-probs: the generator must find the same ones.
+
+    `logprobs[i]` is the natural log-prob of `token_ids[i + 1]` given `token_ids[: i + 1]`, at temperature 1.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """One version of the weights, ready to be fetched.
+
+    `manifest` describes the payload (names, shapes, dtypes, offsets, checksum); `payload` is a handle to its bytes.
+    """
+
+    version: int
+    manifest: Mapping[str, Any]
+    payload: Handle
+    probe: Probe
+    gather_s: float = 0.0  # time the learner spent on collecting the weights
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What one generator says after a weight update. Seconds; `probe_difference` is the largest absolute one."""
+
+    generator: str
+    version: int
+    transfer_s: float
+    pause_s: float
+    load_s: float
+    bytes: int
+    probe_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    info: GroupInfo
+    payload: Handle  # of RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    info: GroupInfo
+    payload: Handle  # of ScoredGroup
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One learner step. `version` is the one the step made. `skipped` says why when nothing was applied."""
+
+    version: int
+    metrics: Mapping[str, Metric]
+    tokens: int  # response tokens trained on
+    seconds: float
+    skipped: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainItem:
+    """One group of a batch, in the order in which the batch is to be collated."""
+
+    info: GroupInfo
+    scored: Handle  # of ScoredGroup
+    reference: Handle | None  # of Reference.logprobs' result; None when not needed
+
+
+class Generator(Protocol):
+    """One engine. Calls may overlap."""
+
+    name: str
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Sequence[Awaitable[Generated]]:
+        """Start sampling every prompt; return one awaitable of `Generated` per prompt, in order."""
+        ...
+
+    async def progress(self) -> int:
+        """Tokens sampled since the engine started: a lease is alive while this number moves."""
+        ...
+
+    async def update(self, weights: PublishedWeights) -> UpdateReport:
+        """Take a version; requests that are running go on under it. Verifies the checksum and the probe."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Rewarder(Protocol):
+    """One reward worker."""
+
+    name: str
+
+    async def score(self, group: Handle) -> Scored: ...
+
+    async def close(self) -> None: ...
+
+
+class Reference(Protocol):
+    async def logprobs(self, group: Handle) -> Handle:
+        """Handle of a tuple with one float32 [T] array per rollout of the scored group."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Learner(Protocol):
+    """The learner group, all ranks behind one handle."""
+
+    async def step(self, items: Sequence[TrainItem]) -> StepReport: ...
+
+    async def publish(self) -> PublishedWeights:
+        """The current version's weights."""
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write model, optimizer, schedule, RNG and every stateful part below `directory` (already private)."""
+        ...
+
+    async def load(self, directory: Path) -> int:
+        """Load what `save` wrote; return the version."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Roles:
+    """Everything the driver works with. `spawn_*` start one worker; the driver calls them again after a death."""
+
+    generators: list[Generator]
+    rewarders: list[Rewarder]
+    learner: Learner
+    reference: Reference | None
+    store: RolloutStore
+    spawn_generator: Callable[[str], Awaitable[Generator]]
+    spawn_rewarder: Callable[[str], Awaitable[Rewarder]]
+
+
+class RolloutStore(Protocol):
+    """Keeps every finished group on disk (Parquet)."""
+
+    async def buffered(self, group: Handle) -> None:
+        """Write a scored group durably, before it counts as buffered."""
+        ...
+
+    async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
+        """Move groups from the buffered ones to their final file: fate "trained" or "dropped: reason"."""
+        ...
+
+    async def load_buffered(self) -> Mapping[str, Handle]:
+        """Buffered groups of an earlier process, by prompt id, as handles of ScoredGroup."""
+        ...
+

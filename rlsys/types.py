@@ -1,0 +1,218 @@
+"""The values that travel round the loop, one type per arrow.
+
+    Prompt -> RolloutGroup -> ScoredGroup -> RolloutBatch -> TrainBatch
+
+All of them are frozen: a stage returns new values and never fills in fields of one it was given. Arrays are numpy, so
+that no stage needs torch to read them. Shape suffixes in names and docstrings:
+
+    B  rollouts (rows) in a batch       T  response tokens, padded to the longest response of the batch
+    L  prompt + response tokens, padded P  prompt tokens of one prompt
+    n  rollouts in one group
+
+Tokens in, tokens out: `text` fields are for rewards and for people; nothing is ever re-tokenised on its way to the
+learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+RolloutStatus = Literal["ok", "truncated"]
+RewardStatus = Literal["ok", "timeout", "error"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One draw from a prompt source.
+
+    `id` is unique in a run: source, row and epoch, such as `"sums/17@0"`. `index` is its place in the seeded order of
+    the run (0, 1, 2, ...), which is what a resume continues from. `seed` seeds the sampling of its rollouts: sample i
+    uses `seed + i`.
+    """
+
+    id: str
+    index: int
+    token_ids: np.ndarray  # int32 [P]
+    text: str
+    task: str
+    answer: str | None
+    seed: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class VersionSpan(NamedTuple):
+    """Response tokens `[start, end)` were sampled by weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Segment(NamedTuple):
+    """Response tokens `[start, end)`, with optional Monte-Carlo value estimates at its two ends."""
+
+    start: int
+    end: int
+    start_value: float | None = None
+    end_value: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One sampled response.
+
+    `version_spans` cover `[0, T)` without gaps, in rising order of version. `behavior_logprobs` are natural
+    logarithms under the policy that sampled the token, at the sampling temperature. `action_mask` is False where the
+    policy did not choose the token (a tool's or environment's output).
+
+    Example: `token_ids=[5, 9, 2]`, `version_spans=((3, 0, 2), (4, 2, 3))`: the first two tokens come from version 3,
+    the last from version 4, which arrived while the rollout was running.
+    """
+
+    prompt_id: str
+    sample: int
+    token_ids: np.ndarray  # int32 [T]
+    action_mask: np.ndarray  # bool [T]
+    behavior_logprobs: np.ndarray  # float32 [T]
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+    segments: tuple[Segment, ...] = ()
+    parent: tuple[int, int] | None = None  # (sample, position) where this rollout branches off, for trees
+
+    @property
+    def status(self) -> RolloutStatus:
+        return "truncated" if self.finish_reason == "length" else "ok"
+
+    @property
+    def versions(self) -> np.ndarray:
+        """Weight version of each token, int32 [T]."""
+        out = np.full(len(self.token_ids), -1, dtype=np.int32)
+        for version, start, end in self.version_spans:
+            out[start:end] = version
+        return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutGroup:
+    """A prompt with its n rollouts, in order of `sample`."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    generator: str  # the worker that sampled it, such as "generator-0"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reward:
+    """What the reward functions said of one rollout.
+
+    `score` is NaN unless `status` is "ok": a reward that timed out is not a reward of zero. `components` holds each
+    reward function's own value by name; `detail` says what went wrong.
+    """
+
+    status: RewardStatus
+    score: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredGroup:
+    """A group with one `Reward` per rollout, in the same order."""
+
+    group: RolloutGroup
+    rewards: tuple[Reward, ...]
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.group.prompt
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        return self.group.rollouts
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float32 [n], NaN where unscored."""
+        return np.array([r.score for r in self.rewards], dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """What the driver knows of a group without touching its arrays."""
+
+    prompt_id: str
+    index: int
+    generator: str
+    lengths: tuple[int, ...]  # response tokens of each rollout
+    min_version: int
+    max_version: int
+    truncated: int = 0  # rollouts cut at the length limit
+    scores: tuple[float, ...] = ()  # NaN where unscored; empty before scoring
+    reward_statuses: tuple[RewardStatus, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupInfo:
+    """The metadata of a group (of a `ScoredGroup` when its rewards are given)."""
+    spans = [span for rollout in group.rollouts for span in rollout.version_spans]
+    return GroupInfo(
+        prompt_id=group.prompt.id,
+        index=group.prompt.index,
+        generator=group.generator,
+        lengths=tuple(len(r.token_ids) for r in group.rollouts),
+        min_version=min((s.version for s in spans), default=-1),
+        max_version=max((s.version for s in spans), default=-1),
+        truncated=sum(r.status == "truncated" for r in group.rollouts),
+        scores=tuple(float(r.score) for r in rewards),
+        reward_statuses=tuple(r.status for r in rewards),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutBatch:
+    """Groups collated into padded arrays: what advantages are estimated from. Right-padded; row = one rollout.
+
+    `mask_BT` is True for response tokens that are trained on: chosen by the policy, in a rollout that was scored.
+    """
+
+    input_ids_BL: np.ndarray  # int64, prompt then response
+    prompt_lengths_B: np.ndarray  # int64
+    response_lengths_B: np.ndarray  # int64
+    mask_BT: np.ndarray  # bool
+    behavior_logprobs_BT: np.ndarray  # float32, 0 in the padding
+    versions_BT: np.ndarray  # int32, -1 in the padding
+    scores_B: np.ndarray  # float32, NaN where unscored
+    scored_B: np.ndarray  # bool
+    group_B: np.ndarray  # int64: rows of one prompt share a number 0, 1, 2, ...
+    names_B: tuple[str, ...]  # "prompt-id#sample", for error messages and records
+    reference_logprobs_BT: np.ndarray | None  # float32; None when the algorithm needs no reference
+
+    @property
+    def rows(self) -> int:
+        return len(self.names_B)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainBatch:
+    """What one learner step consumes. Built by `rlsys.batches.build_train_batch` and by nothing else.
+
+    `loss_weights_BT` carries the aggregation (token mean, sequence mean, ...) with its global normaliser: the loss of
+    any subset of rows is `sum(per_token_loss * loss_weights)`, so the gradient does not depend on how the rows are
+    cut into micro-batches or spread over ranks.
+    """
+
+    rollouts: RolloutBatch
+    advantages_BT: np.ndarray  # float32
+    loss_weights_BT: np.ndarray  # float32, 0 where masked
+    proximal_logprobs_BT: np.ndarray | None  # float32; decoupled objective only
+    values_BT: np.ndarray | None  # float32; with a critic only
+    returns_BT: np.ndarray | None  # float32; with a critic only
