@@ -1,0 +1,63 @@
+"""The built-in task: add a few numbers, showing each running sum.
+
+    prompt    17+5+23=
+    response  17+5=22,22+23=45
+    answer    45
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    terms: tuple[int, ...]
+
+    @property
+    def prompt(self) -> str:
+        return "+".join(map(str, self.terms)) + "="
+
+    @property
+    def answer(self) -> int:
+        return sum(self.terms)
+
+
+def problem(seed: int, row: int, terms: tuple[int, int], largest: int) -> Sum:
+    """Problem number `row` of the endless set number `seed`."""
+    rng = random.Random(f"sums/{seed}/{row}")
+    count = rng.randint(*terms)
+    return Sum(tuple(rng.randint(1, largest) for _ in range(count)))
+
+
+def demonstration(problem: Sum, wrong_step: float, rng: random.Random) -> str:
+    """A worked response in which each running sum is wrong with probability `wrong_step` (and is then gone on from)."""
+    total = problem.terms[0]
+    steps = []
+    for term in problem.terms[1:]:
+        shown = total + term
+        if rng.random() < wrong_step:
+            shown = max(0, shown + rng.choice([-11, -10, -9, -2, -1, 1, 2, 9, 10, 11]))
+        steps.append(f"{total}+{term}={shown}")
+        total = shown
+    return ",".join(steps)
+
+
+def demonstrations(
+    seed: int, terms: tuple[int, int], largest: int, wrong_step: float
+) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) pairs; their problems come from a set of their own."""
+    rng = random.Random(f"demonstrations/{seed}")
+    row = 0
+    while True:
+        sum_ = problem(-1 - seed, row, terms, largest)
+        yield sum_.prompt, demonstration(sum_, wrong_step, rng)
+        row += 1
+
+
+def last_number(text: str) -> int | None:
+    """The number after the last `=`; None when there is none."""
+    tail = text.rpartition("=")[2].strip()
+    return int(tail) if "=" in text and tail.isdecimal() else None
