@@ -190,4 +190,3 @@ class RolloutStore(Protocol):
     async def load_buffered(self) -> Mapping[str, Handle]:
         """Buffered groups of an earlier process, by prompt id, as handles of ScoredGroup."""
         ...
-

@@ -27,7 +27,8 @@ class RunConfig(Strict):
     seed: NonNegativeInt = 0
     steps: PositiveInt = Field(100, description="Optimizer batches to train on: each makes one weight version.")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the newest valid checkpoint in the run directory. never: refuse to reuse it."
+        "auto",
+        description="auto: go on from the newest valid checkpoint in the run directory. never: refuse to reuse it.",
     )
 
 
@@ -116,9 +117,7 @@ class ReasoningGymSource(Strict):
     parameters: dict[str, Any] = {}
 
 
-PromptSource = Annotated[
-    SumsSource | JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")
-]
+PromptSource = Annotated[SumsSource | JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")]
 
 
 class PromptsConfig(Strict):

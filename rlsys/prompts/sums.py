@@ -1,8 +1,8 @@
 """The built-in task: add a few numbers, showing each running sum.
 
-    prompt    17+5+23=
-    response  17+5=22,22+23=45
-    answer    45
+prompt    17+5+23=
+response  17+5=22,22+23=45
+answer    45
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def demonstration(problem: Sum, wrong_step: float, rng: random.Random) -> str:
     return ",".join(steps)
 
 
-def demonstrations(
-    seed: int, terms: tuple[int, int], largest: int, wrong_step: float
-) -> Iterator[tuple[str, str]]:
+def demonstrations(seed: int, terms: tuple[int, int], largest: int, wrong_step: float) -> Iterator[tuple[str, str]]:
     """Endless (prompt, response) pairs; their problems come from a set of their own."""
     rng = random.Random(f"demonstrations/{seed}")
     row = 0
