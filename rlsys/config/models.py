@@ -1,7 +1,8 @@
 """The configuration of a run: strict models, so that an unknown or misspelt key is an error.
 
-Every key a user can write is here, with its default, unit and range. Parts of an algorithm (`algorithm.loss` and so on) are
-named and take the options of their own class; they are checked when the algorithm is composed (`rlsys plan` does that).
+Every key a user can write is here, with its default, unit and range. Parts of an algorithm (`algorithm.loss` and so on)
+are named and take the options of their own class; they are checked when the algorithm is composed (`rlsys plan` does
+that).
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class PartConfig(BaseModel):
     """A named part and its options, which the part's own class checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
+    name: str | None = Field(None, description="null: the preset's part, with the options given here changed.")
 
     @property
     def options(self) -> dict[str, Any]:
