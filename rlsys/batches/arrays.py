@@ -1,0 +1,167 @@
+"""Pad groups into a `RolloutBatch`, and join it with advantages and weights into a `TrainBatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rlsys.errors import LearnerError, NonFiniteError
+from rlsys.types import Reward, Rollout, RolloutBatch, ScoredGroup, TrainBatch
+
+Batch = TypeVar("Batch", RolloutBatch, TrainBatch)
+
+
+def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarray]] | None = None) -> RolloutBatch:
+    """Right-padded arrays of all rollouts of `groups`, in order; group i gets number i in `group_B`.
+
+    `reference[i][j]` is the reference policy's float32 [T] log-probs of rollout j of group i. T and L are at least 1.
+    An unscored rollout keeps its row, with an empty mask.
+
+    Raises LearnerError for arrays of the wrong length or a rewarded rollout without a finite score, NonFiniteError for
+    a log-prob that is not finite on a trained token. Both name the rollout.
+    """
+    if reference is not None and len(reference) != len(groups):
+        raise LearnerError(f"{len(groups)} groups came with the reference log-probs of {len(reference)}")
+    rows: list[tuple[str, np.ndarray, Rollout, Reward, np.ndarray | None]] = []
+    numbers: list[int] = []
+    for number, group in enumerate(groups):
+        if len(group.rollouts) != len(group.rewards):
+            raise LearnerError(f"{group.prompt.id}: {len(group.rollouts)} rollouts but {len(group.rewards)} rewards")
+        arrays = [None] * len(group.rollouts) if reference is None else reference[number]
+        if len(arrays) != len(group.rollouts):
+            raise LearnerError(
+                f"{group.prompt.id}: {len(group.rollouts)} rollouts but reference log-probs of {len(arrays)}"
+            )
+        for rollout, reward, row_reference in zip(group.rollouts, group.rewards, arrays, strict=True):
+            name = f"{group.prompt.id}#{rollout.sample}"
+            _check(name, rollout, reward, row_reference)
+            rows.append((name, group.prompt.token_ids, rollout, reward, row_reference))
+            numbers.append(number)
+
+    count = len(rows)
+    prompt_lengths = np.array([len(prompt) for _, prompt, *_ in rows], dtype=np.int64)
+    response_lengths = np.array([len(rollout.token_ids) for _, _, rollout, *_ in rows], dtype=np.int64)
+    width = int(max(response_lengths, default=0)) or 1
+    full_width = int(max(prompt_lengths + response_lengths, default=0)) or 1
+    input_ids = np.zeros((count, full_width), dtype=np.int64)
+    mask = np.zeros((count, width), dtype=bool)
+    behavior = np.zeros((count, width), dtype=np.float32)
+    versions = np.full((count, width), -1, dtype=np.int32)
+    reference_logprobs = None if reference is None else np.zeros((count, width), dtype=np.float32)
+    scores = np.full(count, np.nan, dtype=np.float32)
+    scored = np.zeros(count, dtype=bool)
+    for b, (_, prompt, rollout, reward, row_reference) in enumerate(rows):
+        start, length = len(prompt), len(rollout.token_ids)
+        input_ids[b, :start] = prompt
+        input_ids[b, start : start + length] = rollout.token_ids
+        behavior[b, :length] = rollout.behavior_logprobs
+        versions[b, :length] = rollout.versions
+        scored[b] = reward.status == "ok"
+        if scored[b]:
+            scores[b] = reward.score
+            mask[b, :length] = rollout.action_mask
+        if reference_logprobs is not None and row_reference is not None:
+            reference_logprobs[b, :length] = row_reference
+    return RolloutBatch(
+        input_ids_BL=input_ids,
+        prompt_lengths_B=prompt_lengths,
+        response_lengths_B=response_lengths,
+        mask_BT=mask,
+        behavior_logprobs_BT=behavior,
+        versions_BT=versions,
+        scores_B=scores,
+        scored_B=scored,
+        group_B=np.array(numbers, dtype=np.int64),
+        names_B=tuple(name for name, *_ in rows),
+        reference_logprobs_BT=reference_logprobs,
+    )
+
+
+def _check(name: str, rollout: Rollout, reward: Reward, reference: np.ndarray | None) -> None:
+    length = len(rollout.token_ids)
+    arrays: dict[str, np.ndarray] = {
+        "action_mask": rollout.action_mask,
+        "behavior_logprobs": rollout.behavior_logprobs,
+    }
+    if reference is not None:
+        arrays["reference log-probs"] = reference
+    for what, array in arrays.items():
+        if len(array) != length:
+            raise LearnerError(f"{name}: {length} response tokens but {len(array)} {what}")
+    if reward.status != "ok":
+        return
+    if not np.isfinite(reward.score):
+        raise LearnerError(f"{name}: its reward has status 'ok' but the score {reward.score}")
+    for what, array in arrays.items():
+        bad = np.flatnonzero(~np.isfinite(array) & rollout.action_mask)
+        if bad.size:
+            raise NonFiniteError(f"{name}: {what} of response token {bad[0]} is {array[bad[0]]}")
+
+
+def build_train_batch(
+    rollouts: RolloutBatch,
+    advantages: np.ndarray,
+    aggregation_weights: np.ndarray,
+    proximal: np.ndarray | None = None,
+    values: np.ndarray | None = None,
+    returns: np.ndarray | None = None,
+) -> TrainBatch:
+    """One optimizer step's worth of rows; every array is [B, T], and is made float32 and 0 where masked.
+
+    Raises LearnerError for an array of another shape, NonFiniteError naming the first rollout with a number that is
+    not finite on a trained token.
+    """
+
+    def prepared(what: str, array: np.ndarray | None) -> Any:
+        if array is None:
+            return None
+        if array.shape != rollouts.mask_BT.shape:
+            raise LearnerError(f"{what} have shape {array.shape}, the batch has {rollouts.mask_BT.shape}")
+        bad = np.argwhere(~np.isfinite(array) & rollouts.mask_BT)
+        if len(bad):
+            row, token = bad[0]
+            raise NonFiniteError(f"{rollouts.names_B[row]}: {what} of response token {token} are {array[row, token]}")
+        return np.where(rollouts.mask_BT, array, 0).astype(np.float32)
+
+    return TrainBatch(
+        rollouts=rollouts,
+        advantages_BT=prepared("advantages", advantages),
+        loss_weights_BT=prepared("loss weights", aggregation_weights),
+        proximal_logprobs_BT=prepared("proximal log-probs", proximal),
+        values_BT=prepared("values", values),
+        returns_BT=prepared("returns", returns),
+    )
+
+
+def select_rows(batch: Batch, rows: Sequence[int] | np.ndarray) -> Batch:
+    """The given rows in the given order, with padding cut to the longest of them (at least one column).
+
+    Group numbers and loss weights stay as they are: they are relative to the batch the rows come from.
+    """
+    index = np.asarray(rows, dtype=np.int64)
+    rollouts = batch if isinstance(batch, RolloutBatch) else batch.rollouts
+    lengths = rollouts.response_lengths_B[index]
+    width = int(max(lengths, default=0)) or 1
+    full_width = int(max(rollouts.prompt_lengths_B[index] + lengths, default=0)) or 1
+
+    def taken(source: object) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for field in fields(source):  # type: ignore[arg-type]
+            value = getattr(source, field.name)
+            if field.name.endswith("_BL"):
+                out[field.name] = value[index, :full_width]
+            elif field.name.endswith("_BT") and value is not None:
+                out[field.name] = value[index, :width]
+            elif field.name == "names_B":
+                out[field.name] = tuple(value[i] for i in index)
+            elif field.name.endswith("_B"):
+                out[field.name] = value[index]
+        return out
+
+    selected = replace(rollouts, **taken(rollouts))
+    if isinstance(batch, RolloutBatch):
+        return selected
+    return replace(batch, rollouts=selected, **taken(batch))
