@@ -187,6 +187,62 @@ class RolloutStore(Protocol):
         """Move groups from the buffered ones to their final file: fate "trained" or "dropped: reason"."""
         ...
 
-    async def load_buffered(self) -> Mapping[str, Handle]:
-        """Buffered groups of an earlier process, by prompt id, as handles of ScoredGroup."""
+    async def load_buffered(self) -> Mapping[str, Scored]:
+        """Buffered groups of an earlier process, by prompt id; their payloads are handles of ScoredGroup."""
+        ...
+
+    async def roll_back(self, version: int) -> None:
+        """Take away the final files of steps after `version`: those steps will be done again."""
+        ...
+
+    async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:
+        """A few rollouts trained at the newest settled step, for people to read; empty when `step` is not that one."""
+        ...
+
+    async def close(self) -> None:
+        """Write what is still open."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One trained rollout, for tables that people read."""
+
+    step: int
+    prompt_id: str
+    prompt: str
+    response: str
+    answer: str | None
+    score: float  # NaN where unscored
+    versions: str  # such as "3" or "3-4": the weights that sampled it
+    finish_reason: str
+
+
+class Tracker(Protocol):
+    """Where the figures of a run go. The driver calls these on its event loop, so they must be quick: slow ones queue.
+
+    Metric names are paths such as `reward/mean`; values are finite, a figure that does not exist is left out.
+    Times are seconds of `time.monotonic()`.
+    """
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Once per learner step, in rising order of step (after `resumed(k)` it goes on from k + 1)."""
+        ...
+
+    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`accuracy` (mean score of the scored rollouts), `unscored`, `prompts`, `rollouts`, ... of one evaluation."""
+        ...
+
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None: ...
+
+    def event(self, name: str, start: float, end: float, lane: str) -> None:
+        """Something that took time, for the timeline; `lane` is the worker, such as "generator-0" or "learner"."""
+        ...
+
+    def resumed(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`: what was logged for later steps will be logged again."""
+        ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run ended, well or not; `summary` is the content of summary.json."""
         ...

@@ -15,6 +15,7 @@ learner.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -155,6 +156,7 @@ class GroupInfo:
     truncated: int = 0  # rollouts cut at the length limit
     scores: tuple[float, ...] = ()  # NaN where unscored; empty before scoring
     reward_statuses: tuple[RewardStatus, ...] = ()
+    tokens_by_version: tuple[tuple[int, int], ...] = ()  # (weight version, response tokens it sampled), rising
 
     @property
     def tokens(self) -> int:
@@ -164,6 +166,9 @@ class GroupInfo:
 def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupInfo:
     """The metadata of a group (of a `ScoredGroup` when its rewards are given)."""
     spans = [span for rollout in group.rollouts for span in rollout.version_spans]
+    by_version: Counter[int] = Counter()
+    for span in spans:
+        by_version[span.version] += span.end - span.start
     return GroupInfo(
         prompt_id=group.prompt.id,
         index=group.prompt.index,
@@ -174,6 +179,7 @@ def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupIn
         truncated=sum(r.status == "truncated" for r in group.rollouts),
         scores=tuple(float(r.score) for r in rewards),
         reward_statuses=tuple(r.status for r in rewards),
+        tokens_by_version=tuple(sorted(by_version.items())),
     )
 
 
