@@ -1,9 +1,11 @@
 """Losses, regularisers, off-policy corrections and aggregations: one published rule per file.
 
-To add one, add a file with a dataclass that extends the base class of its kind and sets `name`; its fields are its options.
+To add one, add a file to the package of its kind (`policy`, `corrections`, `regularizers`, `aggregations`) with a
+dataclass that extends the base class below and sets `name` and `paper`; its fields are its options.
 
-A loss returns one number per token. Aggregation is separate: it turns the mask of the *whole* batch into weights, so that
-the loss of any subset of rows is `sum(per_token * weights)` and the gradient does not depend on how the batch is cut.
+A loss returns one number per token. Aggregation is separate: it turns the mask of the *whole* batch into weights, so
+that the loss of any subset of rows is `sum(per_token * weights)` and the gradient does not depend on how the batch is
+cut.
 Shapes: B rollouts (of one micro-batch; rows are never split), T response tokens.
 """
 

@@ -1,0 +1,25 @@
+"""Mean over the tokens of a response, then over the responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlsys.losses import Aggregation
+
+
+@dataclass
+class SequenceMeanTokenMean(Aggregation):
+    """w = mask / (tokens of the response) / (responses): every response counts the same.
+
+    GRPO, arXiv:2402.03300, equation 3. Tokens of long responses count less.
+    """
+
+    name = "sequence-mean-token-mean"
+    paper = "Shao et al. 2024, DeepSeekMath, arXiv:2402.03300"
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        weights = mask.float()
+        tokens = weights.sum(1, keepdim=True)
+        return weights / tokens.clamp(min=1) / (tokens > 0).sum().clamp(min=1)

@@ -1,0 +1,28 @@
+"""Sum over the tokens of a response over a fixed length, mean over the responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlsys.config.models import PositiveInt
+from rlsys.losses import Aggregation
+
+
+@dataclass
+class SequenceMeanTokenSumNorm(Aggregation):
+    """w = mask / length / (responses), where `length` is a constant: the paper takes the longest response allowed.
+
+    Dr. GRPO, arXiv:2503.20783, section 3.2 and listing 1. Free of the bias by length of `sequence-mean-token-mean`;
+    the constant only sets the scale, about that of a mean over tokens.
+    """
+
+    name = "sequence-mean-token-sum-norm"
+    paper = "Liu et al. 2025, Understanding R1-Zero-Like Training: A Critical Perspective, arXiv:2503.20783"
+
+    length: PositiveInt = 1024
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        weights = mask.float()
+        return weights / self.length / mask.any(1).sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Off-policy corrections: one class that extends `rlsys.losses.Correction` per file."""

@@ -1,0 +1,1 @@
+"""Policy losses: one class that extends `rlsys.losses.Loss` per file."""

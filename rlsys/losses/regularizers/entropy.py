@@ -1,0 +1,29 @@
+"""The entropy bonus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlsys.config.models import NonNegativeFloat
+from rlsys.losses import LossInputs, Regularizer, TokenLoss
+from rlsys.losses.measure import token_means
+
+
+@dataclass
+class Entropy(Regularizer):
+    """L = -coefficient * H(pi(. | s)), the entropy in nats over the whole vocabulary at every trained token.
+
+    Keeps the policy from collapsing too early. Williams and Peng 1991; in this form Mnih et al. 2016, section 4
+    (coefficient 0.01). A coefficient of 0 only measures.
+    """
+
+    name = "entropy"
+    paper = "Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783"
+    needs_entropy = True
+
+    coefficient: NonNegativeFloat = 0.001
+
+    def __call__(self, inputs: LossInputs) -> TokenLoss:
+        assert inputs.entropy is not None
+        metrics = token_means(inputs.mask, {"policy/entropy": inputs.entropy})
+        return TokenLoss((-self.coefficient * inputs.entropy).masked_fill(~inputs.mask, 0), metrics)
