@@ -1,8 +1,9 @@
 """What the driver asks of the other parts: one protocol per role, with the small messages they exchange.
 
 Roles are handed to the driver as objects of these protocols. `rlsys.actors` implements them over Ray actors,
-`rlsys.sim` with classes that only take time, in one process and without Ray. A `Handle[X]` is an X that may live elsewhere: the
-value itself in one process, a Ray object reference on a cluster. The driver passes handles on and never opens them.
+`rlsys.sim` with classes that only take time, in one process and without Ray. A `Handle[X]` is an X that may live
+elsewhere: the value itself in one process, a Ray object reference on a cluster. The driver passes handles on and never
+opens them.
 
 Failures: a call raises `WorkerDied` when the process behind the role is gone, another `RlsysError` when the role itself
 says that it failed. Every call is awaited with a deadline by the driver.
