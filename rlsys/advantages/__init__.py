@@ -19,9 +19,9 @@ from rlsys.metrics import Metric
 class AdvantageInputs:
     """One batch, as float32 / bool / int64 torch tensors on the CPU."""
 
-    scores: Tensor  # [B], sequence rewards; 0 where not scored (such rows are masked)
+    scores: Tensor  # [B], sequence rewards: the score plus KL in the reward; 0 where not scored (such rows are masked)
     scored: Tensor  # bool [B]
-    token_rewards: Tensor  # [B, T], the score on the last response token, plus KL terms in the reward
+    token_rewards: Tensor  # [B, T], the same by token: the score is on the last trained token
     mask: Tensor  # bool [B, T]
     group: Tensor  # int64 [B], rows of one prompt share a number 0, 1, 2, ...
     behavior_logprobs: Tensor  # [B, T]

@@ -20,8 +20,8 @@ class GAE(Estimator):
         R_t     = A_t + V_t                                    the critic's target
         A       <- (A - mean(A)) / sqrt(var(A) + eps)          with whiten, over all trained tokens of the batch
 
-    t + 1 is the next token that the policy chose: tokens of a tool or environment in between are stepped over. After the
-    last one V = 0, also when the response was cut at its limit. Schulman et al. 2016, equations 11, 12 and 16.
+    t + 1 is the next token that the policy chose: tokens of a tool or environment in between are stepped over. After
+    the last one V = 0, also when the response was cut at its limit. Schulman et al. 2016, equation 16.
     """
 
     name = "gae"

@@ -21,8 +21,9 @@ class Reinforce(Estimator):
         b <- mean of all scores of all steps so far                  (momentum = null)
         b <- momentum * b + (1 - momentum) * mean(r of this step)    (otherwise)
 
-    b is updated after it was used, so it never depends on the scores that it is taken from. The first step has no earlier
-    one and uses its own mean, which only scales its gradient by (1 - 1/N). Ahmadian et al. 2024, section 3.2.
+    b is updated after it was used, so it never depends on the scores that it is taken from. The first step has no
+    earlier one and uses its own mean, which on average only scales its gradient by (1 - 1/N). For language models with
+    the mean of all scores so far in Ahmadian et al. 2024, arXiv:2402.14740.
     """
 
     name = "reinforce"

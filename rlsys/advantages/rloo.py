@@ -17,7 +17,7 @@ class RLOO(Estimator):
         A_i = r_i - sum_{j != i} r_j / (k - 1)  =  k / (k - 1) * (r_i - mean(r))
         A_i = r_i                                for a group of one
 
-    Unscored rollouts do not count. Kool et al. 2019; for language models Ahmadian et al. 2024, section 3.3.
+    Unscored rollouts do not count. Kool et al. 2019; for language models Ahmadian et al. 2024.
     """
 
     name = "rloo"

@@ -11,9 +11,11 @@ from rlsys.losses import Aggregation
 
 @dataclass
 class SequenceMeanTokenMean(Aggregation):
-    """w = mask / (tokens of the response) / (responses): every response counts the same.
+    """Every response counts the same, so the tokens of long ones count less::
 
-    GRPO, arXiv:2402.03300, equation 3. Tokens of long responses count less.
+        w = mask / (tokens of the response) / (responses)
+
+    GRPO, arXiv:2402.03300, equation 3.
     """
 
     name = "sequence-mean-token-mean"

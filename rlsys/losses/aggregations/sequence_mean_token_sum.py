@@ -11,9 +11,11 @@ from rlsys.losses import Aggregation
 
 @dataclass
 class SequenceMeanTokenSum(Aggregation):
-    """w = mask / (responses): the policy gradient of whole sequences, without a bias by length.
+    """The policy gradient of whole sequences, without a bias by length::
 
-    RLOO, arXiv:2402.14740, equation 6, whose log-probability of a response is the sum over its tokens.
+        w = mask / (responses)
+
+    As in RLOO, arXiv:2402.14740, where a response is one action whose log-probability is the sum over its tokens.
     """
 
     name = "sequence-mean-token-sum"

@@ -12,10 +12,11 @@ from rlsys.losses import Aggregation
 
 @dataclass
 class SequenceMeanTokenSumNorm(Aggregation):
-    """w = mask / length / (responses), where `length` is a constant: the paper takes the longest response allowed.
+    """A sum over the tokens with a constant scale, free of the bias by length of a mean over them::
 
-    Dr. GRPO, arXiv:2503.20783, section 3.2 and listing 1. Free of the bias by length of `sequence-mean-token-mean`;
-    the constant only sets the scale, about that of a mean over tokens.
+        w = mask / length / (responses)
+
+    `length` is a constant, in the paper the longest response allowed. Dr. GRPO, arXiv:2503.20783, section 3.2.
     """
 
     name = "sequence-mean-token-sum-norm"

@@ -11,7 +11,9 @@ from rlsys.losses import Aggregation
 
 @dataclass
 class TokenMean(Aggregation):
-    """w = mask / (tokens of the batch): every token counts the same, so long responses count more.
+    """Every token counts the same, so long responses count more::
+
+        w = mask / (tokens of the batch)
 
     DAPO, arXiv:2503.14476, equation 12.
     """

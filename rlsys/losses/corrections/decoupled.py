@@ -18,7 +18,7 @@ class Decoupled(Correction):
 
     pi_prox is the learner's policy at the start of the step, so that stale tokens do not start outside the clipping
     bounds. The weight is not truncated; with `cap`, tokens whose weight is larger are left out (weight 0), as in AReaL,
-    arXiv:2505.24298. Hilton et al. 2021, equation 2. `truncated-importance` differs in what it does with large weights.
+    arXiv:2505.24298. `truncated-importance` differs in what it does with large weights.
     """
 
     name = "decoupled"

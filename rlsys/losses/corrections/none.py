@@ -11,7 +11,10 @@ from rlsys.losses import Correction, LossInputs, TokenLoss
 
 @dataclass
 class NoCorrection(Correction):
-    """w = 1, and ratios are taken against the behaviour policy: the standard PPO objective on slightly stale tokens."""
+    """Take ratios against the behaviour policy, as PPO does, and weigh nothing::
+
+    w = 1
+    """
 
     name = "none"
     paper = "Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347"

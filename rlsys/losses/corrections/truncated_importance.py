@@ -18,7 +18,7 @@ class TruncatedImportance(Correction):
 
     The policy ratio is then pi / pi_prox: what staleness and the sampler's own arithmetic changed is in w, what this
     step changed is in the ratio. Truncation bounds the variance and biases towards the behaviour policy, as in V-trace
-    (Espeholt et al. 2018, section 4.1); Yao et al. 2025 use it for the difference between sampler and learner (cap = 2).
+    (Espeholt et al. 2018, section 4.1); Yao et al. 2025 use it for the difference between sampler and learner.
     """
 
     name = "truncated-importance"

@@ -12,11 +12,11 @@ from rlsys.losses.measure import token_means
 class PolicyGradient(Loss):
     """REINFORCE; nothing is clipped::
 
-        L = -A * log pi                                  (ratio = false)
-        L = -A * exp(clamp(log pi - log pi_prox, -20, 20))   (ratio = true: importance weighted)
+        L = -A * log pi                                        with ratio = false
+        L = -A * exp(clamp(log pi - log pi_prox, -20, 20))     with ratio = true: importance weighted
 
     The first ignores which policy sampled the token, so it wants one update per batch or a correction; both have the
-    same gradient when pi = pi_prox. Williams 1992; for sequences of tokens Ahmadian et al. 2024, equation 3.
+    same gradient when pi = pi_prox. Williams 1992; for language models Ahmadian et al. 2024, arXiv:2402.14740.
     """
 
     name = "policy-gradient"

@@ -24,7 +24,7 @@ class PPOClip(Loss):
         L = min(L, -A * dual_clip)      where A < 0, if dual_clip is given
 
     Schulman et al. 2017, equation 7 (low = high = 0.2). A larger `high` ("clip higher") is DAPO, arXiv:2503.14476,
-    equation 10 (0.2, 0.28). Dual clip is Ye et al. 2020, arXiv:1912.09729, equation 3 (dual_clip = 3).
+    equation 10 (0.2, 0.28). Dual clip is Ye et al. 2020, arXiv:1912.09729 (dual_clip = 3).
     """
 
     name = "ppo-clip"

@@ -11,10 +11,12 @@ from rlsys.losses.measure import token_means
 
 @dataclass
 class Entropy(Regularizer):
-    """L = -coefficient * H(pi(. | s)), the entropy in nats over the whole vocabulary at every trained token.
+    """Reward the entropy of the policy, which keeps it from collapsing too early::
 
-    Keeps the policy from collapsing too early. Williams and Peng 1991; in this form Mnih et al. 2016, section 4
-    (coefficient 0.01). A coefficient of 0 only measures.
+        L = -coefficient * H(pi(. | s))
+
+    H is in nats, over the whole vocabulary at every trained token. Williams and Peng 1991; in this form Mnih et al.
+    2016, section 4 (coefficient 0.01). A coefficient of 0 only measures.
     """
 
     name = "entropy"

@@ -33,9 +33,11 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 @dataclass
 class KL(Regularizer):
-    """`coefficient` times an estimate of KL(pi || pi_ref), with d = log pi - log pi_ref on the sampled token::
+    """Keep the policy near the reference: an estimate of KL(pi || pi_ref) from the sampled tokens::
 
+        d = log pi - log pi_ref
         k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
+        L = coefficient * k
 
     As a loss term the gradient is that of the current policy. On-policy, k1's is zero on average (it only adds noise),
     k2's is that of KL(pi || pi_ref), k3's is that of KL(pi_ref || pi). As values, k1 and k3 are unbiased for
