@@ -1,0 +1,50 @@
+"""One tracker in front of many: a tracker that fails is named once, then left out; the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlsys.roles import SampleRow, Tracker
+from rlsys.trackers import TrackerError
+
+
+class Trackers:
+    """Hands every call on to all of its trackers, in order.
+
+    What a tracker may fail of is the world outside: its service, its network (TrackerError), the disk (OSError). Such a
+    tracker is reported through `warn`, kept in `failed` with its message, and not called again. Every other exception
+    is a mistake in the program and passes through.
+    """
+
+    def __init__(self, trackers: Mapping[str, Tracker], warn: Callable[[str], None]) -> None:
+        self._live = dict(trackers)
+        self._warn = warn
+        self.failed: dict[str, str] = {}
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(lambda tracker: tracker.log_step(step, metrics))
+
+    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(lambda tracker: tracker.log_eval(step, metrics))
+
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        self._each(lambda tracker: tracker.log_samples(step, rows))
+
+    def event(self, name: str, start: float, end: float, lane: str) -> None:
+        self._each(lambda tracker: tracker.event(name, start, end, lane))
+
+    def resumed(self, step: int) -> None:
+        self._each(lambda tracker: tracker.resumed(step))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.finish(summary))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._live.items()):
+            try:
+                call(tracker)
+            except (TrackerError, OSError) as error:
+                del self._live[name]
+                self.failed[name] = str(error)
+                self._warn(f"tracker {name} failed and is left out from here on; the run goes on: {error}")
