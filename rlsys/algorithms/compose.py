@@ -45,7 +45,7 @@ from rlsys.registry import build
 from rlsys.types import GroupInfo, RolloutBatch, TrainBatch
 
 # Where each kind of part lives, and its base class, by config key.
-KINDS: Mapping[str, tuple[ModuleType, type]] = {
+KINDS: Mapping[str, tuple[ModuleType, type[Any]]] = {
     "advantage": (advantages, Estimator),
     "filter": (filters, GroupFilter),
     "loss": (policy, Loss),

@@ -16,7 +16,8 @@ class SequenceMeanTokenSumNorm(Aggregation):
 
         w = mask / length / (responses)
 
-    `length` is a constant, in the paper the longest response allowed. Dr. GRPO, arXiv:2503.20783, section 3.2.
+    `length` is a constant; the paper takes the longest response allowed (`rollout.max_new_tokens`).
+    Dr. GRPO, arXiv:2503.20783, section 3.2.
     """
 
     name = "sequence-mean-token-sum-norm"

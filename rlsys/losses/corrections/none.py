@@ -13,7 +13,9 @@ from rlsys.losses import Correction, LossInputs, TokenLoss
 class NoCorrection(Correction):
     """Take ratios against the behaviour policy, as PPO does, and weigh nothing::
 
-    w = 1
+        w = 1
+
+    Right as long as the sampled tokens are fresh enough for the ratio to stay within the loss's bounds.
     """
 
     name = "none"
