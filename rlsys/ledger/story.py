@@ -1,0 +1,132 @@
+"""Reading a run back, while it runs or afterwards: what `rlsys inspect` shows."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rlsys.errors import DataError, RunDirError
+from rlsys.ledger.ledger import count_fates
+
+LEDGER_FILE = "ledger.sqlite"
+ROLLOUTS_DIR = "rollouts"
+
+_JSON_COLUMNS = ("lengths", "scores")
+_SHOWN = ("sample", "text", "finish_reason", "score", "reward_status", "reward_detail", "version_spans", "components")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`at` is seconds since 1970. `detail` depends on the event: worker, versions, scores, reason, step, ..."""
+
+    position: int
+    at: float
+    event: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStory:
+    """Everything that is known of one prompt.
+
+    `prompt` is its row of the ledger: id, idx, state, reason, step, generator, min_version, max_version, lengths,
+    scores, attempts, drawn_at, ended_at. `rollouts` are its rows of the rollout store, empty until it is scored.
+    """
+
+    prompt: dict[str, Any]
+    events: list[Event]
+    rollouts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStory:
+    """`facts` holds what the run remembered (evaluations and so on), `notes` the events that concern no single prompt.
+
+    `steps` has one row per trained step: step, prompts, oldest and newest version, mean score.
+    """
+
+    fates: dict[str, Any]
+    facts: dict[str, Any]
+    notes: list[Event]
+    steps: list[dict[str, Any]]
+    first_prompts: list[str]
+    prompts: int
+
+
+@contextmanager
+def _open(run_dir: Path) -> Iterator[sqlite3.Connection]:
+    path = run_dir / LEDGER_FILE
+    if not path.is_file():
+        raise RunDirError(f"{run_dir} is no run directory: it has no {LEDGER_FILE}")
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        connection.row_factory = sqlite3.Row
+        yield connection
+
+
+def _events(rows: sqlite3.Cursor) -> list[Event]:
+    return [Event(row["position"], row["at"], row["event"], json.loads(row["detail"])) for row in rows]
+
+
+def read_run(run_dir: Path) -> RunStory:
+    """The whole run in figures. Raises RunDirError when it is no run directory."""
+    with _open(run_dir) as db:
+        counts = [
+            tuple(row) for row in db.execute("SELECT state, reason, count(*) FROM prompts GROUP BY state, reason")
+        ]
+        steps = [
+            {
+                "step": row["step"],
+                "prompts": row["prompts"],
+                "min_version": row["oldest"],
+                "max_version": row["newest"],
+                "score_mean": row["score_mean"],
+            }
+            for row in db.execute(
+                """SELECT step, count(DISTINCT prompts.id) AS prompts, min(min_version) AS oldest, max(max_version) AS newest,
+                          avg(scores.value) AS score_mean
+                   FROM prompts LEFT JOIN json_each(prompts.scores) AS scores
+                   WHERE step IS NOT NULL GROUP BY step ORDER BY step"""
+            )
+        ]
+        return RunStory(
+            fates=count_fates(counts),
+            facts={row["key"]: json.loads(row["value"]) for row in db.execute("SELECT * FROM facts ORDER BY key")},
+            notes=_events(db.execute("SELECT * FROM events WHERE prompt_id IS NULL ORDER BY position")),
+            steps=steps,
+            first_prompts=[row["id"] for row in db.execute("SELECT id FROM prompts ORDER BY idx LIMIT 5")],
+            prompts=sum(count for _, _, count in counts),
+        )
+
+
+def read_story(run_dir: Path, prompt_id: str) -> PromptStory:
+    """The story of one prompt. Raises DataError, with near ids, when the run never drew it."""
+    with _open(run_dir) as db:
+        row = db.execute("SELECT * FROM prompts WHERE id = ?", (prompt_id,)).fetchone()
+        if row is None:
+            some = [r["id"] for r in db.execute("SELECT id FROM prompts ORDER BY idx LIMIT 3")]
+            raise DataError(f"prompt {prompt_id!r} was never drawn in {run_dir}; its prompts are such as {some}")
+        prompt = dict(row)
+        events = _events(db.execute("SELECT * FROM events WHERE prompt_id = ? ORDER BY position", (prompt_id,)))
+    for column in _JSON_COLUMNS:
+        prompt[column] = json.loads(prompt[column]) if prompt[column] else []
+    return PromptStory(prompt, events, _rollouts(run_dir / ROLLOUTS_DIR, prompt))
+
+
+def _rollouts(directory: Path, prompt: dict[str, Any]) -> list[dict[str, Any]]:
+    if prompt["step"] is not None:
+        files = [directory / f"step-{prompt['step']:06d}.parquet"]
+    else:
+        files = [directory / "pending" / f"{prompt['idx']:09d}.parquet", *sorted(directory.glob("*.parquet"))]
+    for path in files:
+        if path.is_file():
+            table = pq.read_table(path, columns=list(_SHOWN), filters=[("prompt_id", "=", prompt["id"])])
+            if table.num_rows:
+                return list(table.to_pylist())
+    return []

@@ -1,0 +1,167 @@
+"""The rollout store: lossless, never half-written, and complete after any stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsys.errors import DataError, RlsysError
+from rlsys.ledger.codec import decode, encode
+from rlsys.ledger.store import RolloutStore
+from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan
+
+tokens = st.lists(st.integers(0, 2**31 - 1), max_size=6)
+reals = st.floats(allow_nan=False, width=32)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def rollouts(draw: st.DrawFn, sample: int) -> Rollout:
+    ids = draw(tokens)
+    n = len(ids)
+    cut = draw(st.integers(0, n))
+    return Rollout(
+        prompt_id="p",
+        sample=sample,
+        token_ids=np.array(ids, np.int32),
+        action_mask=np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)), bool),
+        behavior_logprobs=np.array(draw(st.lists(reals, min_size=n, max_size=n)), np.float32),
+        version_spans=(VersionSpan(3, 0, cut), VersionSpan(4, cut, n)),
+        finish_reason=draw(st.sampled_from(["stop", "length"])),
+        text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
+        segments=draw(st.sampled_from([(), (Segment(0, cut), Segment(cut, n, 0.5, None))])),
+        parent=draw(st.sampled_from([None, (0, 2)])),
+    )
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> ScoredGroup:
+    n = draw(st.integers(1, 3))
+    prompt = Prompt(
+        id="p",
+        index=draw(st.integers(0, 10**9)),
+        token_ids=np.array(draw(tokens), np.int32),
+        text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
+        task="t",
+        answer=draw(st.none() | st.just("") | st.just("42")),
+        seed=draw(st.integers(0, 2**62)),
+        metadata=draw(st.dictionaries(st.text(), json_values, max_size=3)),
+    )
+    rewards = tuple(
+        draw(
+            st.sampled_from(
+                [Reward("ok", 0.1, {"a": 0.1, "b": -1.0}), Reward("timeout", float("nan"), {}, "a: no answer in 3 s")]
+            )
+        )
+        for _ in range(n)
+    )
+    return ScoredGroup(RolloutGroup(prompt, tuple(draw(rollouts(i)) for i in range(n)), "generator-0"), rewards)
+
+
+def assert_same(a: ScoredGroup, b: ScoredGroup) -> None:
+    for name in ("id", "index", "text", "task", "answer", "seed"):
+        assert getattr(a.prompt, name) == getattr(b.prompt, name)
+    assert dict(a.prompt.metadata) == dict(b.prompt.metadata)
+    assert a.group.generator == b.group.generator
+    np.testing.assert_array_equal(a.prompt.token_ids, b.prompt.token_ids)
+    for x, y in zip(a.rollouts, b.rollouts, strict=True):
+        for name in ("prompt_id", "sample", "version_spans", "finish_reason", "text", "segments", "parent"):
+            assert getattr(x, name) == getattr(y, name)
+        for name in ("token_ids", "action_mask", "behavior_logprobs"):
+            left, right = getattr(x, name), getattr(y, name)
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+    for r, s in zip(a.rewards, b.rewards, strict=True):
+        assert (r.status, dict(r.components), r.detail) == (s.status, dict(s.components), s.detail)
+        np.testing.assert_equal(r.score, s.score)
+
+
+@settings(max_examples=60, deadline=None)
+@given(group=groups())
+def test_a_group_survives_the_file(tmp_path_factory: pytest.TempPathFactory, group: ScoredGroup) -> None:
+    path = tmp_path_factory.mktemp("codec") / "group.parquet"
+    pq.write_table(encode(group), path)
+    assert_same(decode(pq.read_table(path)), group)
+
+
+def simple(index: int, score: float = 1.0) -> ScoredGroup:
+    prompt = Prompt(f"p{index}", index, np.array([7], np.int32), "1+1=", "sums", "2", seed=index)
+    rollouts = tuple(
+        Rollout(
+            prompt.id,
+            i,
+            np.array([index, i], np.int32),
+            np.ones(2, bool),
+            np.zeros(2, np.float32),
+            (VersionSpan(0, 0, 1), VersionSpan(1, 1, 2)),
+            "stop",
+            f"{index}/{i}",
+        )
+        for i in range(2)
+    )
+    return ScoredGroup(RolloutGroup(prompt, rollouts, "generator-0"), (Reward("ok", score), Reward("ok", 0.0)))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("*.parquet"))
+
+
+def test_metadata_that_json_cannot_hold_names_the_prompt() -> None:
+    prompt = Prompt("p9", 9, np.array([7], np.int32), "", "", None, 0, {"what": object(), "fine": np.float32(1)})
+    with pytest.raises(DataError, match="prompt p9: metadata"):
+        encode(ScoredGroup(RolloutGroup(prompt, (), "g"), ()))
+
+
+async def test_settled_groups_move_to_the_file_of_their_step(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    for index in range(5):
+        await store.buffered(simple(index))
+    assert len(names(tmp_path / "pending")) == 5
+    await store.settled(["p3"], "dropped: zero variance", 0)
+    await store.settled(["p2", "p0"], "trained", 1)
+    rows = pq.read_table(tmp_path / "step-000001.parquet").to_pylist()
+    assert {(row["prompt_id"], row["fate"], row["step"]) for row in rows} == {
+        ("p0", "trained", 1),
+        ("p2", "trained", 1),
+        ("p3", "dropped: zero variance", 0),
+    }
+    assert names(tmp_path / "pending") == ["000000001.parquet", "000000004.parquet"]
+    samples = await store.samples(1, limit=1)
+    assert [(s.prompt_id, s.response, s.score, s.versions) for s in samples] == [("p0", "0/0", 1.0, "0-1")]
+    assert len(await store.samples(1, limit=9)) == 2  # never a dropped one
+    assert await store.samples(7, limit=1) == []
+    await store.settled(["p4"], "dropped: stale", 1)
+    await store.close()
+    assert {row["prompt_id"] for row in pq.read_table(tmp_path / "after-000001.parquet").to_pylist()} == {"p4"}
+    with pytest.raises(RlsysError, match="p8 is settled, but was never buffered"):
+        await store.settled(["p8"], "trained", 2)
+
+
+async def test_a_later_process_finds_what_was_buffered(tmp_path: Path) -> None:
+    before = RolloutStore(tmp_path)
+    for index in range(4):
+        await before.buffered(simple(index))
+    await before.settled(["p0"], "trained", 1)
+    (tmp_path / "pending" / "000000009.parquet").write_bytes(b"half a fi")
+    after = RolloutStore(tmp_path)  # the first one was killed: never closed
+    found = await after.load_buffered()
+    assert list(found) == ["p1", "p2", "p3"]
+    assert_same(found["p2"].payload, simple(2))
+    info = found["p2"].info
+    assert (info.index, info.min_version, info.max_version, info.scores) == (2, 0, 1, (1.0, 0.0))
+    assert info.tokens_by_version == ((0, 2), (1, 2))
+    await after.discard(["p1"])
+    await after.settled(["p2"], "trained", 2)
+    await after.settled(["p3"], "trained", 3)
+    await after.roll_back(2)
+    assert names(tmp_path) == ["step-000001.parquet", "step-000002.parquet"]
+    assert names(tmp_path / "pending") == ["000000009.parquet"]
