@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3.11}
+export PYTHON=${PYTHON:-python3.11}
 command -v "$PYTHON" >/dev/null || PYTHON=python3
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
   { echo "setup: needs Python 3.11, but $PYTHON is $("$PYTHON" -V); set PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -23,19 +23,7 @@ if [ ! -x .venv/uv/bin/uv ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --target .venv/uv uv==0.13.8
 fi
 
-pip_setting() { .venv/bin/python -m pip config get "global.$1" 2>/dev/null || true; }
-if [ ! -x .venv/bin/pip ]; then pip_setting() { "$PYTHON" -m pip config get "global.$1" 2>/dev/null || true; }; fi
-links=${PIP_FIND_LINKS:-$(pip_setting find-links)}
-index=${PIP_INDEX_URL:-$(pip_setting index-url)}
-cert=${PIP_CERT:-$(pip_setting cert)}
-[ -n "$index" ] && export UV_DEFAULT_INDEX=$index
-[ -n "$cert" ] && export SSL_CERT_FILE=$cert
-if [ -n "$links" ]; then
-  export UV_FIND_LINKS=${links// /,}
-else
-  export UV_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu UV_INDEX_STRATEGY=unsafe-best-match
-fi
-
+. launch/sources.sh
 echo "setup: installing the packages of requirements-cpu.txt (about 2.4 GB)"
 .venv/uv/bin/uv pip sync --quiet --python .venv/bin/python requirements-cpu.txt
 .venv/uv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .

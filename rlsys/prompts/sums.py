@@ -1,7 +1,7 @@
-"""The built-in task: add a few numbers, showing each running sum.
+"""The built-in task: add a few numbers, writing down each running sum.
 
 prompt    17+5+23=
-response  17+5=22,22+23=45
+response  22,45
 answer    45
 """
 
@@ -37,11 +37,10 @@ def demonstration(problem: Sum, wrong_step: float, rng: random.Random) -> str:
     total = problem.terms[0]
     steps = []
     for term in problem.terms[1:]:
-        shown = total + term
+        total += term
         if rng.random() < wrong_step:
-            shown = max(0, shown + rng.choice([-11, -10, -9, -2, -1, 1, 2, 9, 10, 11]))
-        steps.append(f"{total}+{term}={shown}")
-        total = shown
+            total = max(0, total + rng.choice([-2, -1, 1, 2]))
+        steps.append(str(total))
     return ",".join(steps)
 
 
@@ -56,6 +55,6 @@ def demonstrations(seed: int, terms: tuple[int, int], largest: int, wrong_step: 
 
 
 def last_number(text: str) -> int | None:
-    """The number after the last `=`; None when there is none."""
-    tail = text.rpartition("=")[2].strip()
-    return int(tail) if "=" in text and tail.isdecimal() else None
+    """The number after the last comma (the whole text when there is none); None when it is no number."""
+    tail = text.rpartition(",")[2].strip()
+    return int(tail) if tail.isdecimal() and tail.isascii() else None
