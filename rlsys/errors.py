@@ -26,6 +26,10 @@ class RewardSetupError(UserError):
     """A reward function cannot be imported, or is not one."""
 
 
+class RewardError(UserError):
+    """A reward function raised, hung or returned a non-number, and `rewards.on_failure` is "stop"."""
+
+
 class RunDirError(UserError):
     """The run directory belongs to another config, or is in use."""
 

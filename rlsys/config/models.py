@@ -183,8 +183,11 @@ class RewardFunctionConfig(Strict):
 class RewardsConfig(Strict):
     functions: tuple[RewardFunctionConfig, ...] = Field(min_length=1)
     workers: PositiveInt = 1
-    timeout_s: PositiveFloat = Field(10.0, description="For one rollout; past it the worker process is killed.")
-    concurrency: PositiveInt = Field(16, description="Async functions: rollouts scored at once by one worker.")
+    timeout_s: PositiveFloat = Field(
+        10.0, description="For one function on one rollout; past it the process that runs it is killed."
+    )
+    start_timeout_s: PositiveFloat = Field(60.0, description="The functions must be imported by then.")
+    concurrency: PositiveInt = Field(16, description="Async functions: calls at once of one worker.")
     on_failure: Literal["mask", "stop"] = Field(
         "mask", description="A reward that raised or timed out: mask that rollout, or stop the run."
     )

@@ -1,0 +1,89 @@
+"""Reward workers as Ray actors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from rlsys.config.models import RewardsConfig
+from rlsys.errors import WorkerDied
+from rlsys.rewards.setup import with_absolute_paths
+from rlsys.rewards.worker import RewardWorker, default_search_path
+from rlsys.roles import Handle, Scored
+from rlsys.types import GroupInfo, RolloutGroup, ScoredGroup, group_info
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+
+class RewardActor:
+    """The shell around a `RewardWorker`; calls overlap."""
+
+    def __init__(self, name: str, config: RewardsConfig, search_path: Sequence[str]) -> None:
+        self._arguments = (config, name, search_path)
+
+    async def start(self) -> None:
+        # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
+        self._worker = RewardWorker(*self._arguments)
+        await self._worker.start()
+
+    async def score(self, group: RolloutGroup) -> tuple[tuple[GroupInfo, float], ScoredGroup]:
+        """The driver reads the first of the two; the second stays in the object store. Seconds are of scoring alone."""
+        begin = time.monotonic()
+        scored = await self._worker.score(group)
+        return (group_info(group, scored.rewards), time.monotonic() - begin), scored
+
+    async def close(self) -> None:
+        await self._worker.close()
+
+
+class RayRewarder:
+    """A reward worker as the driver sees it (`roles.Rewarder`)."""
+
+    def __init__(self, name: str, actor: ActorHandle[Any]) -> None:
+        self.name = name
+        self.actor = actor
+
+    async def score(self, group: Handle) -> Scored:
+        """Raises WorkerDied, and what `RewardWorker.score` raises."""
+        refs: list[Any] = self.actor.score.options(num_returns=2).remote(group)
+        try:
+            info, seconds = await refs[0]
+        except RayActorError as error:
+            raise WorkerDied(self.name, _first_line(error)) from error
+        return Scored(info, refs[1], seconds)
+
+    async def close(self) -> None:
+        """End the worker and its child. One that is dead already is closed."""
+        try:
+            await self.actor.close.remote()
+        except RayActorError:
+            return
+        ray.kill(self.actor)
+
+
+async def start_rewarder(name: str, config: RewardsConfig) -> RayRewarder:
+    """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied.
+
+    Its functions are found on the caller's module path and in its working directory. It claims no CPU: cores are
+    planned by the number of workers.
+    """
+    # A worker that died is replaced by the driver, which knows what it was doing.
+    remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(RewardActor)
+    actor: ActorHandle[Any] = remote.remote(name, with_absolute_paths(config), default_search_path())
+    try:
+        await actor.start.remote()
+    except RayActorError as error:
+        raise WorkerDied(name, _first_line(error)) from error
+    except BaseException:
+        ray.kill(actor)
+        raise
+    return RayRewarder(name, actor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
