@@ -21,7 +21,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     error = (values - returns).square()
     measured = {"critic/value": values, "critic/return": returns, "critic/error": error}
     if clip is not None:
-        bounded = old_values + (values - old_values).clamp(-clip, clip)
+        bounded = values.clamp(old_values - clip, old_values + clip)
         bounded_error = (bounded - returns).square()
         measured["critic/clip_fraction"] = bounded_error > error
         loss = torch.maximum(error, bounded_error) / 2

@@ -78,7 +78,7 @@ def test_the_first_four_are_there() -> None:
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**20), sizes=st.lists(st.integers(1, 5), min_size=3, max_size=5))
 def test_shape_type_and_masked_tokens(cls: type[Estimator], seed: int, sizes: list[int]) -> None:
-    inputs = random_inputs(seed, tuple([4, *sizes]))
+    inputs = random_inputs(seed, (4, *sizes))
     before = mapped(inputs, lambda _, tensor: tensor.clone())
     out = cls()(inputs)
     for tensor in (out.advantages, out.returns):
