@@ -53,15 +53,13 @@ def parse_config(source: Source) -> Config:
 def dump_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML, aside and then renamed; `load_config` reads the same config back."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(config_text(config), encoding="utf-8")
+    aside.write_text(to_yaml(config.model_dump(mode="json")), encoding="utf-8")
     os.replace(aside, path)
 
 
-def config_text(config: Config) -> str:
-    """The resolved config as YAML, every key with its value."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
-    )
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in their own order, one key a line."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 class _Dumper(yaml.SafeDumper):

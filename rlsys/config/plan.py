@@ -237,7 +237,7 @@ def _arithmetic(config: Config, facts: Facts) -> list[str]:
         )
     if config.prompts.eval is None and held_out.every:
         problems.append(f"eval.every is {held_out.every}, but prompts.eval is null: there is nothing to evaluate on")
-    if config.prompts.eval is not None and held_out.every_prompts and held_out.every_prompts > held_out.prompts:
+    if held_out.every and held_out.every_prompts and held_out.every_prompts > held_out.prompts:
         problems.append(
             f"eval.every_prompts ({held_out.every_prompts}) is more than eval.prompts ({held_out.prompts}), of "
             "which it takes the first"

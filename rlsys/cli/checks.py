@@ -1,0 +1,118 @@
+"""Everything that can be known to be wrong before anything is started. `plan`, `train` and `eval` all run this."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsys.config.models import Config
+from rlsys.config.plan import Facts, ModelSize, Plan, make_plan, this_machine, tiny_size
+from rlsys.errors import DataError
+from rlsys.models.loading import check_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_LOOKED_AT = 256  # for the longest prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    plan: Plan
+    algorithm: dict[str, Any]  # the preset with the config's changes, every option with its value
+
+
+def check_config(config: Config) -> Checked:
+    """What a config that can work comes to. Cheap questions come first.
+
+    Raises ConfigError, DataError or RewardSetupError. Imports the reward functions in a child process, which is ended.
+    """
+    machine = this_machine(config)
+    make_plan(config, Facts(), machine).check()
+    if config.model.path is not None:
+        check_folder(config.model.path)
+    if config.reference.path is not None:
+        check_folder(config.reference.path, tokenizer=False)
+
+    from rlsys.algorithms.compose import Algorithm
+
+    algorithm = Algorithm.from_config(config.algorithm)
+
+    from rlsys.prompts.stream import PromptStream, eval_prompts
+    from rlsys.rewards.check import check as check_rewards
+
+    tokenizer = load_tokenizer(config)
+    room = config.model.max_length - config.rollout.max_new_tokens
+    stream = PromptStream.from_config(config.prompts.train, config.prompts, tokenizer, room, config.run.seed)
+    rows = min(stream.size or _ROWS_LOOKED_AT, _ROWS_LOOKED_AT)
+    longest = max(len(stream.draw(i).token_ids) for i in range(rows))
+    tasks = {config.prompts.train.task}
+    held_out = None
+    if config.prompts.eval is not None:
+        tasks.add(config.prompts.eval.task)
+        held_out = len(
+            eval_prompts(
+                config.prompts.eval, config.prompts, tokenizer, room, config.run.seed, count=config.eval.prompts
+            )
+        )
+    check_rewards(config.rewards, sorted(tasks))
+    facts = Facts(
+        epochs=algorithm.epochs,
+        minibatches=algorithm.minibatches,
+        needs_reference=algorithm.needs.reference,
+        needs_critic=algorithm.needs.values,
+        train_rows=stream.size,
+        eval_prompts=held_out,
+        longest_prompt=longest,
+        model=model_size(config),
+    )
+    plan = make_plan(config, facts, machine)
+    plan.check()
+    return Checked(plan, algorithm.resolved())
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run's model; that of a tiny model, before it is built. Raises DataError."""
+    if config.model.tiny is not None:
+        from rlsys.models.tiny import build_tokenizer
+
+        return build_tokenizer(config.model.max_length)
+    from rlsys.models.loading import load_tokenizer as load
+
+    assert config.model.path is not None
+    return load(config.model.path)
+
+
+def model_size(config: Config) -> ModelSize | None:
+    """Read from the headers of the weight files; None when they are not on this machine or not safetensors."""
+    if config.model.tiny is not None:
+        from rlsys.models.tiny import CHARACTERS
+
+        return tiny_size(config.model.tiny, vocabulary=len(CHARACTERS) + 3)
+    folder = Path(config.model.path or "")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    try:
+        described = json.loads((folder / "config.json").read_text())
+        shape = described.get("text_config", described)
+        return ModelSize(
+            parameters=sum(map(_parameters, files)),
+            layers=shape["num_hidden_layers"],
+            hidden_size=shape["hidden_size"],
+            vocabulary=shape["vocab_size"],
+        )
+    except (ValueError, KeyError, struct.error) as error:
+        raise DataError(f"model.path: {folder} is not a model in Hugging Face format: {error!r}") from error
+
+
+def _parameters(file: Path) -> int:
+    """Elements of all tensors of a safetensors file: 8 bytes with the length of a JSON header, then the header."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header: dict[str, Any] = json.loads(opened.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -1,0 +1,95 @@
+"""`rlsys`: the commands, and what a failure of one looks like.
+
+Exit codes: 0 done; 1 something failed, the message names the culprit; 2 the user can mend it, the message says how; 130
+ended by a second Ctrl-C. Only an exception that nobody foresaw shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlsys.errors import ConfigError, RlsysError, UserError
+
+app = typer.Typer(
+    name="rlsys",
+    help="Asynchronous actor-learner reinforcement learning for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+_HOW = "\n\nKeys of the config are set with `--dotted.key value`, after CONFIG."
+
+
+@app.command(context_settings=_OVERRIDES, help="Train, as the config says, or go on with a run." + _HOW)
+def train(context: typer.Context, config: ConfigPath) -> None:
+    from rlsys.cli.train import train as run
+
+    run(_checked_path(config), context.args)
+
+
+@app.command(context_settings=_OVERRIDES, help="Print the resolved config and its arithmetic; start nothing." + _HOW)
+def plan(context: typer.Context, config: ConfigPath) -> None:
+    from rlsys.cli.plan import plan as run
+
+    run(_checked_path(config), context.args)
+
+
+@app.command("eval", context_settings=_OVERRIDES, help="Evaluate a model on the held-out prompts." + _HOW)
+def evaluate(
+    context: typer.Context,
+    config: ConfigPath,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint of a run, or a model folder; without it: the initial model."),
+    ] = None,
+) -> None:
+    from rlsys.cli.evaluate import evaluate as run
+
+    run(_checked_path(config), checkpoint, context.args)
+
+
+@app.command(help="List the algorithms, or explain one.")
+def algorithms(name: Annotated[str | None, typer.Argument(help="A preset.")] = None) -> None:
+    from rlsys.cli.algorithms import algorithms as run
+
+    run(name)
+
+
+@app.command(help="What a run did, or the whole story of one of its prompts.")
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The id of a prompt.")] = None,
+) -> None:
+    from rlsys.cli.inspect import inspect as run
+
+    run(run_dir, prompt)
+
+
+def _checked_path(config: Path) -> Path:
+    if str(config).startswith("-"):
+        raise ConfigError(f"CONFIG comes first, before {config}: rlsys COMMAND CONFIG [--dotted.key value ...]")
+    return config
+
+
+def main() -> None:
+    """The entry point: runs a command, and turns a failure into a message and an exit code."""
+    try:
+        app()
+    except UserError as error:
+        print(f"rlsys: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RlsysError as error:
+        print(f"rlsys: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

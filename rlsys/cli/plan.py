@@ -1,0 +1,96 @@
+"""`rlsys plan`: the resolved config and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+
+from rlsys.cli.checks import check_config
+from rlsys.config.loading import load_config, to_yaml
+from rlsys.config.plan import Plan
+
+
+def plan(path: Path, overrides: Sequence[str]) -> None:
+    """Print the config, the preset resolved too, then the plan. Raises UserError for what cannot work."""
+    config = load_config(path, overrides)
+    checked = check_config(config)
+    console = Console()
+    values = config.model_dump(mode="json") | {"algorithm": checked.algorithm}
+    console.print(Syntax(to_yaml(values), "yaml", background_color="default", word_wrap=True))
+    console.print(render(checked.plan))
+
+
+def render(plan: Plan) -> Group:
+    """Two tables: the arithmetic, and the workers with the memory they take."""
+    return Group(Panel(_arithmetic(plan), title="One step", title_align="left"), _workers(plan))
+
+
+def _arithmetic(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+
+    def row(name: str, text: str) -> None:
+        table.add_row(name, text)
+
+    row(
+        "rollouts per step",
+        f"{plan.prompts_per_step:,} prompts x {plan.samples_per_prompt} samples = {plan.rollouts_per_step:,}",
+    )
+    bound = f"at most {_count(plan.staleness_bound, 'weight version')} behind"
+    row("staleness", bound if plan.staleness_bound else "0: synchronous, generation and training take turns")
+    row("groups in flight", f"at most {plan.groups_in_flight:,}")
+    row(
+        "tokens per step",
+        f"at most {plan.rollouts_per_step:,} x {plan.row_tokens:,} = {plan.tokens_per_step:,}, "
+        f"of them {plan.response_tokens_per_step:,} of responses",
+    )
+    row(
+        "updates per step",
+        f"{_count(plan.epochs, 'pass', 'es')} x {_count(plan.minibatches, 'minibatch', 'es')} = "
+        f"{plan.updates_per_step}, of {plan.rows_per_update:,} rollouts",
+    )
+    row(
+        "micro-batches",
+        f"at most {plan.micro_batches_per_rank:,} per rank and update, of {plan.rows_per_micro_batch:,} rollouts",
+    )
+    row("the run", f"{plan.steps:,} steps, {plan.updates:,} updates, {plan.rollouts:,} rollouts")
+    if plan.steps_per_epoch is None or plan.epochs_of_data is None:
+        row("training data", "endless, every problem is fresh")
+    else:
+        row(
+            "training data",
+            f"{plan.train_rows:,} prompts, {plan.steps_per_epoch:,.1f} steps per epoch; the run: "
+            f"{plan.epochs_of_data:,.2f} epochs",
+        )
+    row("held-out problems", "none" if plan.eval_prompts is None else f"{plan.eval_prompts:,}")
+    return table
+
+
+def _count(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number:,} {thing}{'' if number == 1 else plural}"
+
+
+def _workers(plan: Plan) -> Table:
+    machine = plan.machine
+    table = Table(title="Workers", title_justify="left", show_footer=True)
+    table.add_column("role", footer="in all, about")
+    table.add_column("workers", justify="right", footer=str(sum(role.workers for role in plan.roles)))
+    table.add_column("threads each", justify="right", footer=f"of {machine.cores} cores")
+    if plan.gpus:
+        table.add_column("GPUs each", justify="right", footer=f"{plan.gpus} of {machine.gpus}")
+    total = f"{plan.memory_gib:.1f} GiB of {machine.memory_gib:.1f}"
+    table.add_column("memory each", justify="right", footer=total)
+    for role in plan.roles:
+        cells = [role.name, str(role.workers), "its library's choice" if role.threads is None else str(role.threads)]
+        if plan.gpus:
+            cells.append(str(role.gpus))
+        table.add_row(*cells, f"{role.memory_gib:.2f} GiB")
+    if plan.cluster is not None:
+        table.caption = f"These workers go to the cluster at {plan.cluster}, which is not looked at here."
+    return table

@@ -1,0 +1,65 @@
+"""The run directory: whose it is, who uses it, and that a user's mistake leaves no half of one behind."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlsys.config.loading import check_same_run, dump_config
+from rlsys.config.models import Config
+from rlsys.errors import RunDirError, UserError
+
+CONFIG, LOCK, METRICS = "config.yaml", "run.lock", "metrics.jsonl"
+
+
+@contextmanager
+def open_run_dir(config: Config) -> Iterator[Path]:
+    """The run's directory, locked against other processes, with the resolved config in it.
+
+    A directory of the same run is gone on with, unless `run.resume` is never. A directory that this call made is
+    removed again when a UserError ends the run before its first step. Raises RunDirError.
+    """
+    path = Path(config.run.dir)
+    _check_contents(path, config)
+    fresh = not (path / CONFIG).exists()
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK).open("a")
+    except OSError as error:
+        raise RunDirError(f"run.dir: {path} cannot be made or written to: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunDirError(
+                f"run.dir: {path} is in use by another rlsys process; end that one, or give this run a directory of "
+                "its own (--run.name or --run.dir)"
+            ) from None
+        _check_contents(path, config)  # another process may have come in between
+        dump_config(config, path / CONFIG)
+        try:
+            yield path
+        except UserError:
+            if fresh and not (path / METRICS).exists():
+                shutil.rmtree(made[-1] if made else path)
+            raise
+
+
+def _check_contents(path: Path, config: Config) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunDirError(f"run.dir: {path} is a file")
+    if (path / CONFIG).is_file():
+        if config.run.resume == "never":
+            raise RunDirError(
+                f"run.dir: {path} holds a run already, and run.resume is never; remove it, choose another --run.name, "
+                "or go on with it by --run.resume auto"
+            )
+        check_same_run(config, path / CONFIG)
+    elif path.is_dir() and (foreign := sorted(p.name for p in path.iterdir() if p.name != LOCK)):
+        raise RunDirError(
+            f"run.dir: {path} is no run directory: it has no {CONFIG}, but {', '.join(foreign[:5])}; choose another one"
+        )
