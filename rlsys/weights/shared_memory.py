@@ -1,0 +1,36 @@
+"""Hand a block of bytes to another process of this machine, and leave nothing behind whatever dies.
+
+The memory is anonymous (`memfd_create`), found by the other side through `/proc/PID/fd/N`: it has no name in /dev/shm that could
+outlive a killed process; the kernel frees it with the last process that holds it. Linux only, as is vLLM.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+
+@contextmanager
+def shared(payload: np.ndarray, name: str) -> Iterator[str]:
+    """Copy `payload` (uint8 [bytes]) into shared memory; yield the path at which another process can open it."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, max(payload.nbytes, 1))
+        memory = np.frombuffer(mmap.mmap(descriptor, max(payload.nbytes, 1)), dtype=np.uint8)
+        memory[: payload.nbytes] = payload
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def attach(path: str, size: int) -> np.ndarray:
+    """What `shared` made, mapped: uint8 [size], read-only; unmapped when the array is freed.
+
+    Raises FileNotFoundError when the process that shared it has closed it or is gone.
+    """
+    with open(path, "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), max(size, 1), access=mmap.ACCESS_READ), dtype=np.uint8)[:size]
