@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlsys.config.loading import check_same_run, dump_config
+from rlsys.config.identity import check_same_run
+from rlsys.config.loading import dump_config
 from rlsys.config.models import Config
 from rlsys.errors import RunDirError, UserError
+from rlsys.trackers.jsonl import METRICS
 
-CONFIG, LOCK, METRICS = "config.yaml", "run.lock", "metrics.jsonl"
+CONFIG, LOCK = "config.yaml", "run.lock"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from rlsys.config.models import Config
 from rlsys.config.source import Key, Source, dotted, extend, override, read_yaml, split_overrides
-from rlsys.errors import ConfigError, RunDirError
+from rlsys.errors import ConfigError
 from rlsys.registry import nearest
 
 
@@ -127,7 +127,7 @@ def _explain(source: Source, detail: ErrorDetails) -> str:
         key, what = (*key, "kind"), f"no {given!r}{nearest(str(given), names)}; it is one of {', '.join(names)}"
     elif kind == "literal_error":
         expected = [word.strip(" '") for word in str(context["expected"]).replace(" or ", ",").split(",")]
-        what = f"must be {context['expected']}; got {_show(given)}{nearest(str(given), expected)}"
+        what = f"must be {context['expected']}; got {show(given)}{nearest(str(given), expected)}"
     elif kind == "string_pattern_mismatch":
         what = f"{given!r} must match {context['pattern']}"
     elif kind == "too_short":
@@ -135,13 +135,14 @@ def _explain(source: Source, detail: ErrorDetails) -> str:
     else:
         what = detail["msg"].replace("Input should be", "must be", 1).replace("a valid integer", "an integer")
         what = what.replace("a valid ", "a ")
-        what += f"; got {_show(given)}"
+        what += f"; got {show(given)}"
         if kind == "string_type":
             what += " (quote it if it is meant as text)"
     return f"{source.origin(key)}: {dotted(key)}: {what}"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as messages show it: text in quotes, the rest as JSON."""
     return json.dumps(value) if not isinstance(value, str) else repr(value)
 
 
@@ -213,51 +214,3 @@ def all_keys(annotation: Any = Config, prefix: str = "") -> list[str]:
                 keys.append(key)
             keys += [k for k in all_keys(info.annotation, f"{key}.") if k not in keys]
     return keys
-
-
-# ---- one run, one config ------------------------------------------------------------------------------------------
-
-# What a resumed run may change without becoming another run: how far it goes, how it is watched, and what it runs on.
-MAY_DIFFER = (
-    "run.steps", "run.dir", "run.resume", "trackers", "resources", "checkpoint", "weights.timeout_s",
-    "rollout.generators", "rollout.engine", "rollout.start_timeout_s", "rollout.stall_timeout_s", "rollout.attempts",
-    "rewards.workers", "rewards.timeout_s", "rewards.concurrency", "reference.threads", "reference.micro_batch_tokens",
-    "learner.ranks", "learner.zero_stage", "learner.offload", "learner.packing", "learner.micro_batch_tokens",
-    "learner.logprob_chunk", "learner.gradient_checkpointing", "learner.threads", "learner.step_timeout_s",
-    "eval.every", "eval.after", "eval.timeout_s", "model.tiny.cache_dir",
-)  # fmt: skip
-
-
-def same_run(config: Config, other: Config) -> list[str]:
-    """Dotted keys that differ between two configs and may not, for one to go on with the other's run."""
-    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    return [key for key in differing if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
-
-
-def check_same_run(config: Config, written: Path) -> None:
-    """Raise RunDirError when `written`, the config.yaml of a run directory, belongs to another run."""
-    other = load_config(written)
-    keys = same_run(config, other)
-    if not keys:
-        return
-    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-    lines = [f"  {key}: {_show(theirs.get(key))} there, {_show(ours.get(key))} now" for key in keys]
-    raise RunDirError(
-        f"{written.parent} belongs to a run with another config:\n" + "\n".join(lines) + "\n"
-        "Give this run a directory of its own (--run.name or --run.dir), or put these keys back to go on with that one."
-    )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    items: list[tuple[str, Any]]
-    if isinstance(tree, dict) and tree:
-        items = list(tree.items())
-    elif isinstance(tree, list) and tree:
-        items = [(str(i), value) for i, value in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

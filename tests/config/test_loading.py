@@ -13,9 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from rlsys.config.loading import MAY_DIFFER, all_keys, check_same_run, dump_config, load_config, same_run
-from rlsys.config.models import Config
-from rlsys.errors import ConfigError, RunDirError
+from rlsys.config.loading import all_keys, dump_config, load_config
+from rlsys.errors import ConfigError
 
 MINIMAL = """\
 model:
@@ -258,28 +257,3 @@ def test_what_is_no_config_file(tmp_path: Path, text: str | None, message: str) 
     if text is not None:
         path.write_text(text)
     assert re.search(message, error_of(path))
-
-
-# ---- whose run directory ------------------------------------------------------------------------------------------
-
-
-def test_same_run_lists_only_keys_that_matter(config_file: Path) -> None:
-    config = load_config(config_file)
-    longer = load_config(config_file, ["--run.steps=7", "--trackers.console=plain", "--rollout.generators=2"])
-    other = load_config(config_file, ["--run.seed=1", "--prompts.train.largest=5", "--rollout.stop=[a]"])
-    assert same_run(config, longer) == []
-    assert same_run(config, other) == ["prompts.train.largest", "rollout.stop", "rollout.stop.0", "run.seed"]
-
-
-def test_every_key_that_may_differ_exists() -> None:
-    assert set(MAY_DIFFER) <= set(all_keys())
-    assert set(all_keys()) >= set(Config.model_fields)
-
-
-def test_a_directory_of_another_config_is_refused(tmp_path: Path, config_file: Path) -> None:
-    written = tmp_path / "config.yaml"
-    dump_config(load_config(config_file), written)
-    check_same_run(load_config(config_file, ["--run.steps=7"]), written)
-    with pytest.raises(RunDirError, match=r"run\.seed: 0 there, 3 now") as caught:
-        check_same_run(load_config(config_file, ["--run.seed=3"]), written)
-    assert "directory of its own" in str(caught.value)

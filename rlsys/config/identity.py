@@ -1,0 +1,67 @@
+"""Which config a run belongs to: what a resumed run may change, and what would make it another run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rlsys.config.loading import load_config, show
+from rlsys.config.models import Config
+from rlsys.errors import RunDirError
+
+# What a resumed run may change without becoming another run: how far it goes, how it is watched, and what it runs on.
+MAY_DIFFER = (
+    "run.name", "run.dir", "run.steps", "run.resume", "trackers", "resources", "checkpoint", "weights.timeout_s",
+    "rollout.generators", "rollout.engine", "rollout.start_timeout_s", "rollout.stall_timeout_s", "rollout.attempts",
+    "rewards.workers", "rewards.timeout_s", "rewards.concurrency", "reference.threads", "reference.micro_batch_tokens",
+    "learner.ranks", "learner.zero_stage", "learner.offload", "learner.packing", "learner.micro_batch_tokens",
+    "learner.logprob_chunk", "learner.gradient_checkpointing", "learner.threads", "learner.step_timeout_s",
+    "eval.every", "eval.after", "eval.timeout_s", "model.tiny.cache_dir",
+)  # fmt: skip
+
+
+def same_run(config: Config, other: Config) -> list[str]:
+    """Dotted keys that differ between two configs and may not, for one to go on with the other's run."""
+    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    return [key for key in differing if not _may_differ(key)]
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of what may not differ between a run and its continuation."""
+    kept = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not _may_differ(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_run(config: Config, written: Path) -> None:
+    """Raise RunDirError when `written`, the config.yaml of a run directory, belongs to another run."""
+    other = load_config(written)
+    keys = same_run(config, other)
+    if not keys:
+        return
+    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+    lines = [f"  {key}: {show(theirs.get(key))} there, {show(ours.get(key))} now" for key in keys]
+    raise RunDirError(
+        f"{written.parent} belongs to a run with another config:\n" + "\n".join(lines) + "\n"
+        "Give this run a directory of its own (--run.name or --run.dir), or put these keys back to go on with that one."
+    )
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    items: list[tuple[str, Any]]
+    if isinstance(tree, dict) and tree:
+        items = list(tree.items())
+    elif isinstance(tree, list) and tree:
+        items = [(str(i), value) for i, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
