@@ -56,7 +56,7 @@ def test_rows_over_budget_have_a_micro_batch_each(lengths: list[int], ranks: int
 
 
 def test_by_hand() -> None:
-    """8 goes to rank 0; 7 and 5 to rank 1; 3 and 2 to rank 0. Two rows beside one of 8 or 7 would need 16 or 14 tokens."""
+    """8 goes to rank 0; 7 and 5 to rank 1; 3 and 2 to rank 0. Two rows of 8 or 7 would need 16 or 14 tokens."""
     assert split([5, 8, 3, 7, 2], ranks=2, micro_batch_tokens=12, packing="padded") == [[[1], [2, 4]], [[3], [0]]]
     assert split([5, 8, 3, 7, 2], ranks=2, micro_batch_tokens=12, packing="packed") == [[[1, 2], [4]], [[3, 0], []]]
 

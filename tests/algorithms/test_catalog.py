@@ -1,0 +1,56 @@
+"""What `rlsys algorithms` prints: every preset and part explains itself."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from rlsys.algorithms import Algorithm, catalog, describe, parts
+from rlsys.config.models import AlgorithmConfig
+from rlsys.errors import ConfigError
+
+PARTS = [part for kind in parts().values() for part in kind]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=[f"{part.key}-{part.name}" for part in PARTS])
+def test_every_part_cites_its_paper_and_shows_its_equation(part) -> None:  # type: ignore[no-untyped-def]
+    assert any(year.isdigit() and 1950 < int(year) < 2100 for year in part.paper.replace(",", " ").split()), "no year"
+    assert part.equation, "no indented block after '::' in the docstring"
+    assert all(line.strip() in part.doc for line in part.equation.splitlines())
+    assert part.summary
+    assert "\n" not in part.summary
+
+
+@pytest.mark.parametrize("info", catalog(), ids=lambda info: info.name)
+def test_every_preset_explains_itself_and_its_switch_works(info) -> None:  # type: ignore[no-untyped-def]
+    assert info.title
+    assert info.family
+    assert info.paper
+    assert len(info.summary) <= 160, "one line"
+    yaml_part, option = info.switch.split("\n\n")
+    config = AlgorithmConfig.model_validate(yaml.safe_load(yaml_part)["algorithm"])
+    assert Algorithm.from_config(config).resolved() == info.composition
+    assert option == f"--algorithm.preset {info.name}"
+
+
+def test_describe_by_hand() -> None:
+    info = describe("ppo")
+    assert info.needs == ("reference", "values")
+    assert [part.key for part in info.parts] == ["advantage", "loss", "correction", "regularize", "aggregate"]
+    gae = info.parts[0]
+    assert [(option.name, option.type, option.default) for option in gae.options] == [
+        ("gamma", "float", 1.0),
+        ("lam", "float", 0.95),
+        ("whiten", "bool", True),
+        ("eps", "float", 1e-8),
+    ]
+    assert gae.equation.splitlines()[0] == "delta_t = r_t + gamma * V_{t+1} - V_t"
+    kl = info.parts[3]
+    assert ("estimator", "k1 | k2 | k3", "k3") in [(option.name, option.type, option.default) for option in kl.options]
+    ppo_clip = info.parts[1]
+    assert ("dual_clip", "float or null", None) in [(o.name, o.type, o.default) for o in ppo_clip.options]
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'ppo'"):
+        describe("ppoo")
