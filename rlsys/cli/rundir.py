@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
     """The run's directory, locked against other processes, with the resolved config in it.
 
     A directory of the same run is gone on with, unless `run.resume` is never. A directory that this call made is
-    removed again when a UserError ends the run before its first step. Raises RunDirError.
+    removed again when a UserError or an interrupt ends the run before its first step. Raises RunDirError.
     """
     path = Path(config.run.dir)
     _check_contents(path, config)
@@ -45,7 +46,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         dump_config(config, path / CONFIG)
         try:
             yield path
-        except UserError:
+        except (UserError, KeyboardInterrupt, CancelledError):
             if fresh and not (path / METRICS).exists():
                 shutil.rmtree(made[-1] if made else path)
             raise

@@ -257,6 +257,11 @@ def _choices(config: Config) -> list[str]:
             f"model.tiny.heads ({model.tiny.heads}) must be a multiple of model.tiny.key_value_heads "
             f"({model.tiny.key_value_heads})"
         )
+    if model.tiny is not None and model.tiny.warm_start.steps and config.prompts.train.kind != "sums":
+        problems.append(
+            f"model.tiny.warm_start fits the model to worked sums, but prompts.train.kind is "
+            f"{config.prompts.train.kind}: set model.tiny.warm_start.steps to 0, or give a model.path"
+        )
     if not gpu:
         if config.weights.engine == "nccl":
             problems.append("weights.engine: nccl needs profile: gpu; on profile cpu use object_store")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rlsys.config.models import Config
 from rlsys.roles import SampleRow, Tracker
 from rlsys.trackers import TrackerError
+from rlsys.trackers.console import ConsoleTracker
+from rlsys.trackers.jsonl import JsonlTracker
+from rlsys.trackers.timeline import TimelineTracker
+from rlsys.trackers.wandb import WandbTracker, resolve_mode
 
 
 class Trackers:
@@ -48,3 +55,33 @@ class Trackers:
                 del self._live[name]
                 self.failed[name] = str(error)
                 self._warn(f"tracker {name} failed and is left out from here on; the run goes on: {error}")
+
+
+def open_trackers(config: Config, run_dir: Path, console: ConsoleTracker) -> Trackers:
+    """The trackers that the config asks for; the console comes last, so that what it points to is there.
+
+    W&B that does not start is reported, and the run goes on without it.
+    """
+    trackers: dict[str, Tracker] = {"jsonl": JsonlTracker(run_dir)}
+    if config.trackers.timeline:
+        trackers["timeline"] = TimelineTracker(run_dir)
+    options = config.trackers.wandb
+    try:
+        mode = resolve_mode(options.mode, os.environ)
+        if mode != "disabled":
+            wandb = WandbTracker(
+                run_dir,
+                name=config.run.name,
+                project=options.project,
+                entity=options.entity,
+                tags=options.tags,
+                mode=mode,
+                config=config.model_dump(mode="json"),
+            )
+            trackers["wandb"] = wandb
+            if wandb.warning is not None:
+                console.warn(wandb.warning)
+    except TrackerError as error:
+        console.warn(f"tracker wandb failed and is left out; the run goes on: {error}")
+    trackers["console"] = console
+    return Trackers(trackers, console.warn)

@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl, one line per learner step, and RUN/evals.jsonl, one line per evaluation.
+"""RUN/metrics.jsonl, one line per learner step, RUN/evals.jsonl, one line per evaluation, and RUN/summary.json.
 
 A resumed run does some steps again: their earlier lines are taken out, so that each step is there once. A line that a
 crash left half-written is taken out when the file is opened.
@@ -15,7 +15,7 @@ from typing import Any
 from rlsys.roles import SampleRow
 from rlsys.trackers import TrackerError
 
-METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
+METRICS, EVALS, SUMMARY = "metrics.jsonl", "evals.jsonl", "summary.json"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -32,6 +32,7 @@ class JsonlTracker:
     def __init__(self, directory: Path) -> None:
         self._metrics = _StepFile(directory / METRICS)
         self._evals = _StepFile(directory / EVALS)
+        self._summary = directory / SUMMARY
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.write(step, metrics)
@@ -50,7 +51,7 @@ class JsonlTracker:
         self._evals.keep_before(step + 1)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Every line is on disk already; the summary has a file of its own."""
+        _replace(self._summary, json.dumps(summary, indent=2) + "\n")
 
 
 class _StepFile:
@@ -83,6 +84,11 @@ class _StepFile:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         if text.encode() == self._path.read_bytes():
             return
-        aside = self._path.with_name(self._path.name + ".partial")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, self._path)
+        _replace(self._path, text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write aside, then rename: the file is whole at any time."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
