@@ -1,6 +1,7 @@
 """The learner of one rank: scoring, optimizer updates, metrics. Every rank holds the whole batch and works on its rows.
 
-    update(batch):  rows -> ranks -> micro-batches; per micro-batch: log-probs, per-token loss, sum(loss * weights), backward
+    update(batch):  rows -> ranks -> micro-batches
+                    per micro-batch: log-probs, per-token loss, sum(loss * weights), backward
                     then one optimizer update for policy and critic together, or none
 
 Weights carry the global normaliser of the whole batch, so losses and gradients simply add up, and the update does not
@@ -323,7 +324,7 @@ class _Tensors:
 
 
 class _Watch:
-    """Tensor hook that notes the rows whose gradient is not finite: a clipped loss can be finite when its gradient is not."""
+    """Tensor hook that notes the rows whose gradient is not finite: a clipped loss can be finite without that."""
 
     def __init__(self, names: Sequence[str], found: set[str]) -> None:
         self._names, self._found = names, found
@@ -345,8 +346,8 @@ def _differences(
 ) -> dict[str, Metric]:
     """How far the learner's log-probs are from the sampler's.
 
-    `sampler_difference` is over tokens sampled by the learner's own current weights: what the two implementations differ
-    by. `off_policy_difference` is over all tokens: that, and the age of the weights that sampled.
+    `sampler_difference` is over tokens sampled by the learner's own current weights: what the two implementations
+    differ by. `off_policy_difference` is over all tokens: that, and the age of the weights that sampled.
     """
     difference = (logprobs.detach() - tensors.behavior).abs()
     out = token_means(tensors.mask, {"learner/off_policy_difference": difference})

@@ -44,6 +44,7 @@ def deepspeed_config(learner: LearnerConfig, dtype: torch.dtype, elements: int) 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # unused: micro-batches are cut by tokens, and the boundary is set by hand
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # done in GuardedAdamW, on one norm for all stages; DeepSpeed's default is 1.0
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -90,7 +91,8 @@ class Engine:
             dist_init_required=False,
         )
         self._parameters = [(names[name], p) for name, p in model.named_parameters()]
-        self._adamw.create_state()
+        partitions = self._engine.optimizer.fp32_partitioned_groups_flat if self._stage == 3 else ()
+        self._adamw.create_state(partitions)
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -25,9 +25,9 @@ class Update:
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) with clipping by the global norm, all or nothing over all ranks.
 
-    DeepSpeed calls `step` once per update, with the reduced gradients of this rank's partition (`partitioned`) or of the
-    whole model. The sum of squares is added up over the ranks in float64, so every rank comes to the same norm and the
-    same decision; a refused step leaves parameters, moments and step count untouched, bit for bit.
+    DeepSpeed calls `step` once per update, with the reduced gradients of this rank's partition (`partitioned`) or of
+    the whole model. The sum of squares is added up over the ranks in float64, so every rank comes to the same norm and
+    the same decision; a refused step leaves parameters, moments and step count untouched, bit for bit.
 
     Before `arm` is called, `step` only creates the (zero) state: DeepSpeed takes steps of its own while it is set up.
     """
@@ -51,16 +51,15 @@ class GuardedAdamW(torch.optim.AdamW):
     def disarm(self) -> None:
         self._agree = None
 
-    def create_state(self) -> None:
-        """Zero moments and step count, as the first step of AdamW would create them."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if not self.state[parameter]:
-                    self.state[parameter] = {
-                        "step": torch.tensor(0.0, dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    }
+    def create_state(self, parameters: Iterable[torch.Tensor] = ()) -> None:
+        """Zero moments and step count for `parameters` and all in groups, as AdamW's first step would create them."""
+        for parameter in [*parameters, *(p for group in self.param_groups for p in group["params"])]:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

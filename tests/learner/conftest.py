@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlsys.config.models import Config
 from rlsys.types import RolloutBatch, TrainBatch
 
 DEADLINE_S = 120
@@ -121,6 +122,25 @@ def make_batch(rows: int, seed: int, *, version: int = 0, masked_row: bool = Fal
         values_BT=noise(1.0),
         returns_BT=noise(1.0),
     )
+
+
+def make_config(*, temperature: float = 1.0, steps: int = 100, **learner: Any) -> Config:
+    """A config with the given `learner` keys, and defaults for what the learner does not read."""
+    return Config.model_validate(
+        {
+            "run": {"steps": steps},
+            "model": {"path": "unused"},
+            "prompts": {"train": {"kind": "sums"}},
+            "rewards": {"functions": [{"name": "sums", "kind": "sums"}]},
+            "rollout": {"temperature": temperature},
+            "learner": learner,
+        }
+    )
+
+
+@pytest.fixture(name="make_config", scope="session")
+def make_config_fixture() -> Any:
+    return make_config
 
 
 @pytest.fixture(name="make_batch", scope="session")

@@ -1,7 +1,7 @@
 """One learner rank in a process of its own, driven from a test over a connection. Run by `conftest.py`, never imported.
 
-Arguments: address of the connection, rank, world size, folder for the rendezvous. Each message is a function name below with its
-keyword arguments; each answer is ("ok", result) or ("error", exception).
+Arguments: address of the connection, rank, world size, folder for the rendezvous. Each message is the name of a
+function below with its keyword arguments; each answer is ("ok", result) or ("error", exception).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlsys.learner import distributed
+from rlsys.learner import checkpoint, distributed
 from rlsys.learner.core import Learner
 from rlsys.losses import LossInputs, TokenLoss
+from rlsys.models.loading import load_tokenizer
 
 held: dict[str, Any] = {}  # this rank's learner and device
 
@@ -54,8 +55,37 @@ def call(method: str, **arguments: Any) -> Any:
     return getattr(held["learner"], method)(**arguments)
 
 
-def update(**arguments: Any) -> Any:
-    return held["learner"].update(objective=objective, **arguments)
+def clipped(inputs: LossInputs) -> TokenLoss:
+    """A ratio clipped from above: finite where the ratio overflows, though its gradient is not."""
+    ratio = (inputs.logprobs - inputs.proximal_logprobs).exp()
+    return TokenLoss(torch.where(inputs.mask, ratio.clamp(max=1.2), 0.0))
+
+
+def update(objective: str = "objective", **arguments: Any) -> Any:
+    return held["learner"].update(objective=globals()[objective], **arguments)
+
+
+def poison() -> None:
+    """Make one element of one parameter's next gradient NaN, on the last rank only."""
+    if torch.distributed.get_rank() < torch.distributed.get_world_size() - 1:
+        return
+    parameter = next(p for p in held["learner"].model.parameters())
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        gradient = gradient.clone()
+        gradient[5, 3] = torch.nan
+        return gradient
+
+    handle = parameter.register_hook(hook)
+
+
+def save(directory: Path, tokenizer: Path, memory: dict[str, Any]) -> None:
+    checkpoint.save(held["learner"], load_tokenizer(tokenizer), memory, directory)
+
+
+def load(directory: Path) -> Any:
+    return checkpoint.load(held["learner"], directory)
 
 
 def gradients(batch: Any, entropy: bool) -> dict[str, np.ndarray]:

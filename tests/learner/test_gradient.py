@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlsys.config.models import Config
-
 pytestmark = pytest.mark.slow
 TEMPERATURE = 0.8
-MAX_NORM = 0.05
-
-
-def config(**learner: Any) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"path": "unused"},
-            "prompts": {"train": {"kind": "sums"}},
-            "rewards": {"functions": [{"name": "sums", "kind": "sums"}]},
-            "rollout": {"temperature": TEMPERATURE},
-            "learner": learner,
-        }
-    )
 
 
 def whole_batch_loss(model: torch.nn.Module, batch: Any, entropy: bool) -> torch.Tensor:
@@ -56,13 +43,16 @@ def flat(named: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def truth(tiny_model: Path):
+def truth(tiny_model: Path, make_batch: Any) -> Callable[[bool], tuple[Any, np.ndarray]]:
+    """A batch, with or without a masked rollout, and the gradient of `whole_batch_loss` over it."""
     from transformers import AutoModelForCausalLM
 
-    def compute(batch: Any, entropy: bool) -> np.ndarray:
+    @cache
+    def compute(masked_row: bool) -> tuple[Any, np.ndarray]:
+        batch = make_batch(rows=7, seed=3, masked_row=masked_row)
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        whole_batch_loss(model, batch, entropy).backward()
-        return flat({name: p.grad.numpy() for name, p in model.named_parameters()})
+        whole_batch_loss(model, batch, entropy=True).backward()
+        return batch, flat({name: p.grad.numpy() for name, p in model.named_parameters()})
 
     return compute
 
@@ -72,14 +62,14 @@ CUTS = {"one row": 1, "about three rows": 50, "all rows": 10_000}
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (1, 3)])
 def test_the_gradient_does_not_depend_on_the_cut(
-    worlds: dict[int, Any], make_batch: Any, tiny_model: Path, truth: Any, ranks: int, stage: int
+    worlds: dict[int, Any], make_config: Any, tiny_model: Path, truth: Any, ranks: int, stage: int
 ) -> None:
     world = worlds[ranks]
-    world.run("build", config=config(zero_stage=stage, logprob_chunk=16), model_path=tiny_model)
+    config = make_config(temperature=TEMPERATURE, zero_stage=stage, logprob_chunk=16)
+    world.run("build", config=config, model_path=tiny_model)
     wrong: dict[str, float] = {}
     for masked_row in (False, True):
-        batch = make_batch(rows=7, seed=3, masked_row=masked_row)
-        wanted = truth(batch, True)
+        batch, wanted = truth(masked_row)
         for cut, packing in itertools.product(CUTS, ["padded", "packed"]):
             world.run("configure", micro_batch_tokens=CUTS[cut], packing=packing)
             for rank, got in enumerate(world.run("gradients", batch=batch, entropy=True)):
@@ -87,3 +77,14 @@ def test_the_gradient_does_not_depend_on_the_cut(
                 if not relative <= 1e-5:
                     wrong[f"{cut}, {packing}, masked row: {masked_row}, rank {rank}"] = relative
     assert not wrong
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradient_checkpointing_changes_nothing(
+    worlds: dict[int, Any], make_config: Any, tiny_model: Path, truth: Any, stage: int
+) -> None:
+    config = make_config(temperature=TEMPERATURE, zero_stage=stage, gradient_checkpointing=True)
+    worlds[2].run("build", config=config, model_path=tiny_model)
+    batch, wanted = truth(False)
+    for got in worlds[2].run("gradients", batch=batch, entropy=True):
+        assert np.linalg.norm(flat(got) - wanted) <= 1e-5 * np.linalg.norm(wanted)

@@ -1,0 +1,185 @@
+"""One rank of the learner group: scored groups in, a new weight version out. A plain class; no Ray.
+
+    step(groups):  collate -> (values, proximal log-probs) -> advantages -> epochs x minibatches of updates
+                   -> version + 1
+
+Every rank is given the same groups and works out the same batch, so that nothing but scores, gradients and metrics has
+to travel between the ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rlsys.batches import collate
+from rlsys.config.models import Config, CriticConfig
+from rlsys.learner import checkpoint, distributed
+from rlsys.learner.core import Learner, Objective
+from rlsys.metrics import Metric, Metrics, Sum, merge
+from rlsys.models.loading import load_tokenizer
+from rlsys.roles import Probe, PublishedWeights, StepReport
+from rlsys.types import RolloutBatch, ScoredGroup, TrainBatch
+from rlsys.weights.publish import pack
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+PROBE_TEXT = "The quick brown fox jumps over 12 lazy dogs."
+PROBE_TOKENS = 32
+
+log = logging.getLogger(__name__)
+
+
+class Needs(Protocol):
+    """What the algorithm asks the learner to compute before the advantages."""
+
+    @property
+    def values(self) -> bool: ...
+    @property
+    def proximal(self) -> bool: ...
+    @property
+    def entropy(self) -> bool: ...
+
+
+class Algorithm(Protocol):
+    """The part of `rlsys.algorithms.Algorithm` that the learner uses."""
+
+    @property
+    def needs(self) -> Needs: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def critic(self) -> CriticConfig | None: ...
+    @property
+    def objective(self) -> Objective: ...
+
+    def train_batches(
+        self, batch: RolloutBatch, prompt_ids: Sequence[str], values: np.ndarray | None, proximal: np.ndarray | None
+    ) -> tuple[list[TrainBatch], dict[str, Metric]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class LearnerRank:
+    """Joins the group when it is made, which needs all ranks. Every method is collective.
+
+    `model_path` is a folder in Hugging Face format with weights and tokenizer (or a hub name).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model_path: str | Path,
+        algorithm: Algorithm,
+        rank: int,
+        world_size: int,
+        address: str,
+        port: int,
+        store: TCPStore | None = None,
+    ) -> None:
+        device = distributed.join(
+            config.profile,
+            rank,
+            world_size,
+            address,
+            port,
+            store=store,
+            threads=config.learner.threads,
+            timeout_s=config.learner.step_timeout_s,
+        )
+        torch.manual_seed(config.run.seed)
+        self._algorithm = algorithm
+        self._tokenizer = load_tokenizer(model_path)
+        self.learner = Learner(config, model_path, device, algorithm.critic)
+        self._probe_ids: list[int] = self._tokenizer.encode(PROBE_TEXT)[:PROBE_TOKENS]
+
+    @property
+    def version(self) -> int:
+        return self.learner.version
+
+    def step(
+        self, groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarray]] | None = None
+    ) -> StepReport:
+        """Train on one batch. `reference[i][j]` is the reference log-probs of rollout j of group i, where needed.
+
+        The batch is consumed whatever becomes of it: the version goes up by one even when every update was skipped.
+        Raises NonFiniteError when an update is refused and `learner.non_finite` is `stop`.
+        """
+        started = time.perf_counter()
+        batch = collate(groups, reference)
+        needs = self._algorithm.needs
+        values = self.learner.values(batch) if needs.values else None
+        proximal = self.learner.logprobs(batch) if needs.proximal else None
+        prompt_ids = [group.prompt.id for group in groups for _ in group.rollouts]
+        scored = time.perf_counter()
+        train_batches, metrics = self._algorithm.train_batches(batch, prompt_ids, values, proximal)
+        parts: list[Metrics] = [metrics]
+        reasons: list[str] = []
+        updates = 0
+        for _ in range(self._algorithm.epochs):
+            for train_batch in train_batches:
+                update, refused = self.learner.update(
+                    train_batch, self._algorithm.objective, entropy=needs.entropy, fresh=updates == 0
+                )
+                parts.append(update)
+                updates += 1
+                if refused is not None:
+                    reasons.append(refused)
+                    log.warning("%s", refused)
+        self.learner.version += 1
+        ended = time.perf_counter()
+        parts.append({"learner/score_seconds": Sum(scored - started), "learner/update_seconds": Sum(ended - scored)})
+        skipped = None
+        if len(reasons) == updates:
+            skipped = reasons[0] if reasons else "no rollout of the batch has a token to train on"
+        return StepReport(
+            version=self.version,
+            metrics=merge(parts),
+            tokens=int(sum(train_batch.rollouts.mask_BT.sum() for train_batch in train_batches)),
+            seconds=ended - started,
+            skipped=skipped,
+        )
+
+    def publish(self) -> PublishedWeights | None:
+        """The current weights as one block of bytes (uint8 array), with a probe; None on ranks other than 0."""
+        started = time.perf_counter()
+        weights = self.learner.policy.weights()
+        if dist.get_rank() == 0:
+            payload, manifest = pack(weights, self.version)
+        else:
+            for _ in weights:  # takes part in gathering; nothing is yielded here
+                pass
+        gather_s = time.perf_counter() - started
+        logprobs = self.learner.probe(self._probe_ids)
+        if dist.get_rank() != 0:
+            return None
+        return PublishedWeights(
+            version=self.version,
+            manifest=manifest,
+            payload=payload,
+            probe=Probe(tuple(self._probe_ids), tuple(logprobs)),
+            gather_s=gather_s,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write everything that has state below `directory`; see `rlsys.learner.checkpoint`."""
+        checkpoint.save(self.learner, self._tokenizer, self._algorithm.state_dict(), directory)
+
+    def load(self, directory: Path) -> int:
+        """Load what `save` wrote, from any number of ranks and any ZeRO stage; return the version."""
+        self._algorithm.load_state_dict(checkpoint.load(self.learner, directory))
+        return self.version
+
+    def close(self) -> None:
+        self.learner.close()
+        distributed.leave()
