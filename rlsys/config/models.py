@@ -145,7 +145,9 @@ class EngineConfig(Strict):
     gpu_memory_utilization: Fraction = Field(0.85, description="GPU profile only.")
     tensor_parallel: PositiveInt = Field(1, description="GPU profile only.")
     max_num_seqs: PositiveInt = 256
-    threads: PositiveInt | None = Field(None, description="CPU threads of one engine; null: vLLM decides.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU profile: threads of one engine; null: half the cores, shared among the generators."
+    )
     extra: dict[str, Any] = {}
 
 
@@ -200,8 +202,9 @@ class ReferenceConfig(Strict):
     """Started only when the algorithm needs reference log-probs."""
 
     path: str | None = Field(None, description="null: the initial model.")
-    micro_batch_tokens: PositiveInt = 16384
-    threads: PositiveInt | None = None
+    micro_batch_tokens: PositiveInt = Field(16384, description="Tokens in one forward pass, padding included.")
+    threads: PositiveInt | None = Field(None, description="CPU threads of the server; null: 1.")
+    start_timeout_s: PositiveFloat = Field(300.0, description="The server must have loaded its model by then.")
 
 
 # ---- algorithm ----------------------------------------------------------------------------------------------------
@@ -265,6 +268,7 @@ class LearnerConfig(Strict):
     non_finite: Literal["stop", "skip"] = Field("stop", description="A non-finite step: end the run, or go on.")
     threads: PositiveInt | None = Field(None, description="CPU threads of one rank; null: cores / ranks.")
     step_timeout_s: PositiveFloat = Field(600.0, description="A step must end by then.")
+    start_timeout_s: PositiveFloat = Field(300.0, description="All ranks must have met and loaded the model by then.")
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

@@ -37,8 +37,9 @@ SHARD_BYTES = 2 << 30
 def save(
     learner: Learner, tokenizer: PreTrainedTokenizerBase, algorithm_state: Mapping[str, Any], directory: Path
 ) -> None:
-    """Write everything below `directory`, which exists. Collective; rank 0 writes, a shard of 2 GiB at a time."""
+    """Write everything below `directory`. Collective; rank 0 writes, a shard of 2 GiB at a time."""
     main = dist.get_rank() == 0
+    directory.mkdir(parents=True, exist_ok=True)
     files = {name: _write(engine.state(), directory, name, main) for name, engine in learner.engines.items()}
     weights = {name: tensor.cpu().clone() for name, tensor in learner.policy.weights()}
     if not main:

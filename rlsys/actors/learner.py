@@ -1,0 +1,161 @@
+"""The learner group as Ray actors, one per rank."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlsys.algorithms.compose import Algorithm
+from rlsys.config.models import Config
+from rlsys.errors import LearnerError, RlsysError, WorkerDied
+from rlsys.learner.distributed import open_rendezvous
+from rlsys.learner.role import LearnerRank
+from rlsys.roles import Handle, PublishedWeights, StepReport, TrainItem
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+CLOSE_TIMEOUT_S = 10.0
+BLAME_TIMEOUT_S = 5.0
+
+
+class LearnerActor:
+    """The shell around a `LearnerRank`. One call at a time; calls of all ranks belong together."""
+
+    def open_rendezvous(self, timeout_s: float) -> tuple[str, int]:
+        """Rank 0 only: where the ranks are to meet."""
+        address = ray.util.get_node_ip_address()
+        self._store = open_rendezvous(address, timeout_s)
+        return address, self._store.port
+
+    def start(self, config: Config, model_path: str, rank: int, address: str, port: int) -> None:
+        # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
+        self._rank = rank
+        self._learner = LearnerRank(
+            config,
+            model_path,
+            Algorithm.from_config(config.algorithm),
+            rank,
+            config.learner.ranks,
+            address,
+            port,
+            store=self._store if rank == 0 else None,
+        )
+
+    def step(self, scored: Sequence[Handle], reference: Sequence[Handle] | None) -> StepReport | None:
+        """The handles are opened here, so that the arrays go from the object store to the ranks and nowhere else."""
+        groups = ray.get(list(scored))
+        report = self._learner.step(groups, None if reference is None else ray.get(list(reference)))
+        return report if self._rank == 0 else None
+
+    def publish(self) -> tuple[PublishedWeights | None, np.ndarray | None]:
+        """The driver reads the first of the two; the payload stays in the object store."""
+        weights = self._learner.publish()
+        return (None, None) if weights is None else (replace(weights, payload=None), weights.payload)
+
+    def save(self, directory: Path) -> None:
+        self._learner.save(directory)
+
+    def load(self, directory: Path) -> int:
+        return self._learner.load(directory)
+
+    def close(self) -> None:
+        self._learner.close()
+
+
+class RayLearner:
+    """All ranks as the driver sees them (`roles.Learner`). Calls follow each other; none may overlap."""
+
+    def __init__(self, actors: Sequence[ActorHandle[Any]]) -> None:
+        self.actors = tuple(actors)
+
+    async def step(self, items: Sequence[TrainItem]) -> StepReport:
+        """Raises WorkerDied naming the rank, NonFiniteError, LearnerError."""
+        scored = [item.scored for item in items]
+        reference = [item.reference for item in items if item.reference is not None]
+        if reference and len(reference) != len(items):
+            raise LearnerError(f"{len(reference)} of {len(items)} groups came with reference log-probs")
+        # in a list, so that Ray passes the handles on unopened
+        reports = await self._all([a.step.remote(scored, reference or None) for a in self.actors])
+        report: StepReport = reports[0]
+        return report
+
+    async def publish(self) -> PublishedWeights:
+        refs = [actor.publish.options(num_returns=2).remote() for actor in self.actors]
+        weights: PublishedWeights = (await self._all([ref[0] for ref in refs]))[0]
+        return replace(weights, payload=refs[0][1])
+
+    async def save(self, directory: Path) -> None:
+        await self._all([actor.save.remote(directory.absolute()) for actor in self.actors])
+
+    async def load(self, directory: Path) -> int:
+        versions = await self._all([actor.load.remote(directory.absolute()) for actor in self.actors])
+        return int(versions[0])
+
+    async def close(self) -> None:
+        """End all ranks. A rank that does not answer, or is dead already, is killed."""
+        await asyncio.wait([asyncio.ensure_future(a.close.remote()) for a in self.actors], timeout=CLOSE_TIMEOUT_S)
+        for actor in self.actors:
+            ray.kill(actor)
+
+    async def _all(self, refs: Sequence[Any]) -> list[Any]:
+        """Every rank's result, or the failure of the rank that failed first: the others hang or fail because of it."""
+        tasks = [asyncio.ensure_future(_value(f"learner-{rank}", ref)) for rank, ref in enumerate(refs)]
+        try:
+            done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            errors = [error for task in done if (error := task.exception()) is not None]
+            if errors and not any(isinstance(error, WorkerDied) for error in errors) and rest:
+                # a lost connection is reported sooner than the death behind it
+                done, _ = await asyncio.wait(rest, timeout=BLAME_TIMEOUT_S)
+                errors += [error for task in done if (error := task.exception()) is not None]
+            if errors:
+                raise next((error for error in errors if isinstance(error, WorkerDied)), errors[0])
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def _value(worker: str, ref: Any) -> Any:
+    try:
+        return await ref
+    except RayActorError as error:
+        raise WorkerDied(worker, str(error).splitlines()[0]) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, RlsysError):
+            raise error.cause from None
+        raise LearnerError(f"{worker}: {error.cause!r}") from error
+
+
+async def start_learner(config: Config, model_path: Path) -> RayLearner:
+    """Start all ranks and wait until they have met and loaded the model.
+
+    Raises DataError or ConfigError for what cannot work, WorkerDied when a rank ends, LearnerError when they are not
+    ready within `learner.start_timeout_s`.
+    """
+    timeout_s = config.learner.start_timeout_s
+    remote: Any = ray.remote(
+        num_cpus=0, num_gpus=1 if config.profile == "gpu" else 0, max_restarts=0, max_task_retries=0
+    )(LearnerActor)
+    actors: list[ActorHandle[Any]] = [remote.remote() for _ in range(config.learner.ranks)]
+    learner = RayLearner(actors)
+    try:
+        async with asyncio.timeout(timeout_s):
+            address, port = await _value("learner-0", actors[0].open_rendezvous.remote(timeout_s))
+            await learner._all(
+                [actor.start.remote(config, str(model_path), rank, address, port) for rank, actor in enumerate(actors)]
+            )
+    except BaseException as error:
+        for actor in actors:
+            ray.kill(actor)
+        if isinstance(error, TimeoutError):
+            raise LearnerError(f"the learner was not ready after {timeout_s:g} s (learner.start_timeout_s)") from None
+        raise
+    return learner
