@@ -62,7 +62,11 @@ class PublishedWeights:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """What one generator says after a weight update. Seconds; `probe_difference` is the largest absolute one."""
+    """What one generator says after a weight update. Seconds; `probe_difference` is the largest absolute one.
+
+    `transfer_s` is the time to have the bytes where the engine can read them, `load_s` to load them, `pause_s` to stop and to
+    go on again. Generation stands still for `pause_s + load_s`.
+    """
 
     generator: str
     version: int
@@ -186,6 +190,10 @@ class RolloutStore(Protocol):
 
     async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
         """Move groups from the buffered ones to their final file: fate "trained" or "dropped: reason"."""
+        ...
+
+    async def discard(self, prompt_ids: Sequence[str]) -> None:
+        """Forget buffered groups without a fate: their prompts will be sampled again."""
         ...
 
     async def load_buffered(self) -> Mapping[str, Scored]:

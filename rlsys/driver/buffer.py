@@ -127,6 +127,14 @@ class GroupBuffer(Generic[T]):
             raise ValueError(f"group {batch[0].index} of version {batch[0].version} is too old at {version}")
         return batch
 
+    def waiting(self) -> list[T]:
+        """What is finished and not taken, in the order of `take`."""
+        return [
+            self._finished[start][index].item
+            for start in sorted(self._finished)
+            for index in sorted(self._finished[start])
+        ]
+
     def expire(self, version: int) -> list[Entry[T]]:
         """Remove and return finished groups that are too old for the learner at `version`: none in normal running."""
         old = [start for start in self._finished if start < version - self.bound]

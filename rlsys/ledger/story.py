@@ -89,8 +89,8 @@ def read_run(run_dir: Path) -> RunStory:
                 "score_mean": row["score_mean"],
             }
             for row in db.execute(
-                """SELECT step, count(DISTINCT prompts.id) AS prompts, min(min_version) AS oldest, max(max_version) AS newest,
-                          avg(scores.value) AS score_mean
+                """SELECT step, count(DISTINCT prompts.id) AS prompts, min(min_version) AS oldest,
+                          max(max_version) AS newest, avg(scores.value) AS score_mean
                    FROM prompts LEFT JOIN json_each(prompts.scores) AS scores
                    WHERE step IS NOT NULL GROUP BY step ORDER BY step"""
             )

@@ -1,0 +1,144 @@
+"""Checkpoints: one directory per step, written aside and renamed, covered by one manifest.
+
+    RUN/checkpoints/step-000050/manifest.json   what is in it: size and SHA-256 of every file, and where the run stood
+    RUN/checkpoints/step-000050/learner/...     whatever the learner saved
+
+A directory without a manifest that fits its files is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsys.config.models import Config
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LEARNER = "learner"
+FORMAT = 1
+
+# What may differ between a run and its continuation: none of it changes what is computed.
+_FREE = {
+    "run": {"name", "dir", "steps", "resume"},
+    "eval": True,
+    "checkpoint": True,
+    "trackers": True,
+    "resources": True,
+    "weights": {"timeout_s"},
+    "learner": {"step_timeout_s", "threads"},
+}
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the part of the config that a resumed run has to share with its checkpoint."""
+    canonical = json.dumps(config.model_dump(mode="json", exclude=_FREE), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Where the run stood after the step that made `version`.
+
+    `position` is the ledger's at the end of that step; `next_index` the next prompt that would have been drawn;
+    `buffered` the prompts that were complete and waiting; `totals` the sums for the summary.
+    """
+
+    version: int
+    position: int
+    next_index: int
+    buffered: Sequence[str]
+    seed: int
+    config: str
+    totals: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    path: Path
+    manifest: Manifest
+
+    @property
+    def learner(self) -> Path:
+        return self.path / LEARNER
+
+
+class Checkpoints:
+    """The checkpoints of a run."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+
+    def begin(self, version: int) -> Path:
+        """An empty directory for the learner to save into, not a checkpoint until `commit`."""
+        aside = self._aside(version)
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / LEARNER).mkdir(parents=True)
+        return aside / LEARNER
+
+    def commit(self, manifest: Manifest) -> Path:
+        """Make it a checkpoint, and remove all but the newest ones."""
+        aside = self._aside(manifest.version)
+        files = {str(p.relative_to(aside)): _fingerprint(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        text = json.dumps({"format": FORMAT, **asdict(manifest), "files": files}, indent=1)
+        with (aside / MANIFEST).open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        final = self.directory / f"step-{manifest.version:06d}"
+        shutil.rmtree(final, ignore_errors=True)  # one of the same step, found invalid or being redone
+        aside.rename(final)
+        for old in [*self._paths()[self.keep :], *self.directory.glob(".step-*.tmp")]:
+            shutil.rmtree(old)
+        return final
+
+    def newest(self) -> Checkpoint | None:
+        """The newest valid checkpoint. Those that are not valid are passed over with a message."""
+        for path in self._paths():
+            problem, manifest = _verify(path)
+            if manifest is not None:
+                return Checkpoint(path, manifest)
+            logger.warning("passing over the checkpoint %s: %s", path, problem)
+        return None
+
+    def _aside(self, version: int) -> Path:
+        return self.directory / f".step-{version:06d}.tmp"
+
+    def _paths(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.directory.glob("step-*"), reverse=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _verify(path: Path) -> tuple[str, Manifest | None]:
+    """The manifest when everything fits, else what is wrong."""
+    try:
+        content = json.loads((path / MANIFEST).read_text())
+        if content.pop("format") != FORMAT:
+            return f"its {MANIFEST} is of another format", None
+        files = content.pop("files")
+        manifest = Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})", None
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing", None
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}", None
+        if _fingerprint(file) != expected:
+            return f"the content of {name} has changed", None
+    return "", manifest

@@ -1,0 +1,560 @@
+"""The driver: prompts go round, weights come back.
+
+    prompt source ──> admit ──> produce (one coroutine per prompt in flight) ──> buffer ──> consume ──> weights
+                        ^          generate > score > filter > reference > store               |          |
+                        |                                                                      |          v
+                        +───────────────── gate <── every generator has pulled version v <── roll-out <── publish
+
+    loop      consumes             produces            waits for                         is unblocked by
+    admit     gate slots, prompts  groups under way    an open slot                      a roll-out, a dropped group
+    produce   one prompt           a buffered group    generator, rewarder, reference    their answers, or their leases
+    consume   B buffered groups    weight version v+1  a batch that leaves none behind   produce
+    roll-out  the newest version   a higher gate       each generator's update           consume
+    evaluate  a list of prompts    figures             generators, rewarders             their answers
+
+With bound S >= 1 the loops overlap; with S = 0 the same loops take turns, since the gate opens B slots only when every
+generator has version v, and all B prompts of a batch are handed over together. Every call to a role has a deadline;
+work at generators and rewarders is leased against progress. What decides is in gate, buffer, router and leases; here it
+is acted on.
+
+A run ends when `run.steps` batches are trained, or after `stop()`; in both cases with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rlsys.config.models import Config
+from rlsys.driver.buffer import Entry, GroupBuffer
+from rlsys.driver.checkpoints import Checkpoints, Manifest, config_hash
+from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.gate import StalenessGate
+from rlsys.driver.progress import Recorder, Totals
+from rlsys.driver.recovery import recover
+from rlsys.driver.waiting import Bell, within
+from rlsys.driver.weights import WeightRollout
+from rlsys.driver.workers import GeneratorPool, PoolEvents, PoolOptions, Request, RewarderPool, WorkFailed
+from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, WorkerDied
+from rlsys.ledger.ledger import Ledger
+from rlsys.roles import Roles, Sampling, Scored, Tracker, TrainItem
+from rlsys.types import GroupInfo, Prompt
+
+logger = logging.getLogger(__name__)
+
+STORE_TIMEOUT_S = 120.0
+REWARD_MARGIN_S = 30.0  # on top of the reward workers' own time limits
+FRUITLESS_BATCHES = 100  # dropped groups in a row, in batches, without a step: then nothing is left to learn from
+
+T = TypeVar("T")
+
+
+class PromptStream(Protocol):
+    def draw(self, index: int) -> Prompt:
+        """Prompt number `index` of the run's seeded order, the same one at every call."""
+        ...
+
+
+class GroupFilter(Protocol):
+    def drop_reason(self, info: GroupInfo) -> str | None:
+        """Why a scored group is to be dropped and replaced; None to keep it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What the buffer holds of a group."""
+
+    item: TrainItem
+    info: GroupInfo
+
+
+class Driver:
+    """Runs the whole loop over the given roles. Does not close them: whoever made the roles does.
+
+    `roles.generators` and `roles.rewarders` are kept up to date when workers are restarted.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        ledger: Ledger,
+        prompts: PromptStream,
+        tracker: Tracker,
+        run_dir: Path,
+        eval_prompts: Sequence[Prompt] = (),
+        filters: Sequence[GroupFilter] = (),
+    ) -> None:
+        self.config = config
+        self.roles = roles
+        self.ledger = ledger
+        self.prompts = prompts
+        self.tracker = tracker
+        self.eval_prompts = list(eval_prompts)
+        self.filters = list(filters)
+        self.batch = config.driver.prompts_per_step
+        self.bound = config.driver.max_staleness
+        self.steps = config.run.steps
+        self.step = 0  # batches consumed, which is also the learner's version
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
+        self._sampling = Sampling(
+            n=config.rollout.samples_per_prompt,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            stop=config.rollout.stop,
+            ignore_eos=config.rollout.ignore_eos,
+        )
+        self._stops = 0
+        self._held = False  # S = 0: no new prompts during an evaluation or a checkpoint
+        self._fruitless = 0
+        self._saved = -1  # version of the newest checkpoint of this process
+        self._position = 0  # of the ledger, at the end of the newest step
+        self._main: asyncio.Task[Any] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+
+    # ---- from outside ----
+
+    async def run(self) -> dict[str, Any]:
+        """Train until the last step or `stop()`; returns the summary, which the tracker has been given, too.
+
+        Raises the first RlsysError that ends the run; whatever was done is in ledger, store and checkpoints.
+        """
+        self._main = asyncio.current_task()
+        summary: dict[str, Any] = {}
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._assemble()
+                try:
+                    await self._start()
+                    admission = self._spawn(self.admit())
+                    await self.consume()
+                    admission.cancel()
+                    await self._finish()
+                finally:
+                    self.generators.close()
+                    self.rewarders.close()
+                    for task in list(self._background):
+                        task.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            summary = self._summary()
+            self.tracker.finish(summary)
+        return summary
+
+    def stop(self) -> None:
+        """First call: end after the current step, with a checkpoint. Second call: end at once."""
+        self._stops += 1
+        if self._stops == 1:
+            self.bell.ring()
+        elif self._main is not None:
+            self._main.cancel()
+
+    # ---- the loops ----
+
+    async def admit(self) -> None:
+        """Start as many prompts as there are slots, for ever."""
+        while True:
+            await self.bell.until(lambda: self._slots() > 0, "an open slot of the staleness gate")
+            prompts = [self._draw() for _ in range(self._slots())]
+            self.gate.start(len(prompts))
+            for prompt in prompts:
+                self.ledger.drawn(prompt)
+                self.buffer.start(prompt.index, self.gate.version)
+                self._in_flight[prompt.id] = prompt
+            self.recorder.sampling(len(prompts))
+            answers = self.generators.submit([Request(prompt, self._sampling) for prompt in prompts])
+            for prompt, answer in zip(prompts, answers, strict=True):
+                self._spawn(self.produce(prompt, answer))
+
+    async def produce(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
+        """One prompt from its samples to the buffer, or to the reason why it is dropped."""
+        info: GroupInfo | None = None
+        try:
+            generated, _ = await generating
+        except WorkFailed as error:
+            return await self._drop(prompt, f"generation failed: {error}", info)
+        finally:
+            self.recorder.sampling(-1)
+        info = generated.info
+        self.recorder.generated(info)
+        self.ledger.sampled(info)
+        [scoring] = self.rewarders.submit([generated.payload])
+        try:
+            scored, rewarder = await scoring
+        except WorkFailed as error:
+            return await self._drop(prompt, f"rewards failed: {error}", info)
+        self.ledger.scored(scored.info, rewarder)
+        await self._store(self.roles.store.buffered(scored.payload))
+        await self._buffer(prompt, scored)
+
+    async def consume(self) -> None:
+        """Train on one batch after the other."""
+        while self.step < self.steps and not self._stops:
+            batch = await self._take()
+            if batch:
+                await self._train(batch)
+
+    async def _train(self, batch: list[Entry[Done]]) -> None:
+        started = self._now()
+        infos = [entry.item.info for entry in batch]
+        report = await self._learner(self.roles.learner.step([entry.item.item for entry in batch]), "take a step")
+        if report.version != self.step + 1:
+            raise LearnerError(f"the learner made version {report.version}, expected {self.step + 1}")
+        self.step = report.version
+        self.recorder.event(f"step {self.step}", started, self._now(), "learner")
+        fate = self._settle(infos, report.skipped)
+        self._position = self.ledger.position
+        self._fruitless = 0
+        self.recorder.step(report, infos, self.buffer.under_way, self.buffer.finished)
+        self._spawn(self._to_disk([info.prompt_id for info in infos], fate, self.step))
+        evaluate, save = self._due(self.config.eval.every), self._due(self.config.checkpoint.every)
+        self._held = self.bound == 0 and (evaluate or save)  # before the gate can open
+        await self._publish()
+        if evaluate:
+            evaluation = self._spawn(self._evaluate_now())
+            if self._held:
+                await self._unless_stopped(evaluation)
+        if save:
+            await self._checkpoint()
+        self._held = False
+        self.bell.ring()
+
+    # ---- parts of producing ----
+
+    def _slots(self) -> int:
+        """Prompts to start now."""
+        if self._stops or self._held or (self.bound == 0 and self.buffer.under_way):
+            return 0  # S = 0: a batch is sampled in waves, so that its composition does not depend on timing
+        slots, most = self.gate.open_slots(), self.config.driver.max_groups_in_flight
+        return slots if most is None else max(0, min(slots, most - self.buffer.under_way))
+
+    def _draw(self) -> Prompt:
+        if self._redraw:
+            return self.prompts.draw(self._redraw.popleft())
+        self._next_index += 1
+        return self.prompts.draw(self._next_index - 1)
+
+    async def _buffer(self, prompt: Prompt, scored: Scored) -> None:
+        """A scored group that is on disk: filter it, have the reference score it, let the learner have it."""
+        info = scored.info
+        if reason := self._reject(info):
+            return await self._drop(prompt, reason, info, on_disk=True)
+        reference = None
+        if self.roles.reference is not None:
+            seconds = self.config.learner.step_timeout_s
+            late = EngineError(f"the reference did not score {prompt.id} within learner.step_timeout_s={seconds:g} s")
+            reference = await within(seconds, self.roles.reference.logprobs(scored.payload), late)
+        self.ledger.buffered(info)
+        del self._in_flight[prompt.id]
+        self.buffer.finish(prompt.index, info.min_version, Done(TrainItem(info, scored.payload, reference), info))
+        self.bell.ring()
+
+    def _reject(self, info: GroupInfo) -> str | None:
+        if "ok" not in info.reward_statuses:
+            return f"rewards failed: {', '.join(sorted(set(info.reward_statuses)))}"
+        if info.tokens == 0:
+            return "no response tokens"
+        return next((reason for f in self.filters if (reason := f.drop_reason(info))), None)
+
+    async def _drop(self, prompt: Prompt, reason: str, info: GroupInfo | None, on_disk: bool = False) -> None:
+        """Record why a group under way is given up, and free its slot."""
+        self.ledger.dropped(prompt.id, reason, self.step)
+        del self._in_flight[prompt.id]
+        self.buffer.drop(prompt.index)
+        self.gate.drop()
+        self._fruitless += 1
+        self.recorder.dropped(info)
+        self.bell.ring()
+        if self._fruitless >= FRUITLESS_BATCHES * self.batch:
+            raise RlsysError(
+                f"{self._fruitless} groups in a row were dropped since step {self.step}, the last for {reason!r}: "
+                "nothing is left to train on"
+            )
+        if on_disk:
+            await self._store(self.roles.store.settled([prompt.id], f"dropped: {reason}", self.step))
+
+    # ---- parts of consuming ----
+
+    async def _take(self) -> list[Entry[Done]]:
+        """The next batch; none when the run is stopped first."""
+        started = self._now()
+        while True:
+            await self._expire()
+            if self._stops:
+                return []
+            if self.buffer.ready(self.step):
+                self.recorder.waited(self._now() - started)
+                return self.buffer.take(self.step)
+            await self.bell.until(lambda: self._stops > 0 or self.buffer.ready(self.step), "a full batch")
+
+    async def _expire(self) -> None:
+        """The hard bound on staleness: admission keeps groups from getting here; one that does is dropped and shown."""
+        for entry in self.buffer.expire(self.step):
+            info = entry.item.info
+            reason = f"stale: its oldest token is of version {entry.version}, the learner is at {self.step}"
+            self.ledger.dropped(info.prompt_id, reason, self.step)
+            self.gate.drop()
+            self.recorder.dropped(info)
+            self.bell.ring()
+            await self._store(self.roles.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
+
+    def _settle(self, infos: Sequence[GroupInfo], skipped: str | None) -> str:
+        """Fates of a batch. A skipped step has used its prompts up, but trained on none of them."""
+        if skipped is None:
+            self.ledger.trained([info.prompt_id for info in infos], self.step)
+            return "trained"
+        for info in infos:
+            self.ledger.dropped(info.prompt_id, f"step skipped: {skipped}", self.step)
+        return f"dropped: step skipped: {skipped}"
+
+    async def _to_disk(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
+        wandb = self.config.trackers.wandb
+        await self._store(self.roles.store.settled(prompt_ids, fate, step))
+        if wandb.table_every and step % wandb.table_every == 0:
+            rows = await self._store(self.roles.store.samples(step, wandb.table_rows))
+            if rows:
+                self.tracker.log_samples(step, rows)
+
+    async def _publish(self) -> None:
+        started = self._now()
+        weights = await self._learner(self.roles.learner.publish(), "publish its weights")
+        self.recorder.published(weights)
+        self.recorder.event(f"publish {weights.version}", started, self._now(), "learner")
+        self.weights.publish(weights)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step < self.steps
+
+    # ---- evaluation and checkpoints ----
+
+    async def _evaluate_now(self) -> None:
+        """An evaluation while training; one that is too slow is reported and left out."""
+        if self._evaluating:
+            logger.warning("no evaluation at step %d: the one before is still running", self.step)
+            return
+        self._evaluating = True
+        try:
+            prompts = self.eval_prompts[: self.config.eval.every_prompts]
+            self.ledger.remember("eval.last", await self._evaluate(prompts, self.step))
+        except EngineError as error:
+            logger.warning("%s", error)
+            self.ledger.note("evaluation failed", step=self.step, cause=str(error))
+        finally:
+            self._evaluating = False
+
+    async def _evaluate_once(self, key: str, step: int) -> None:
+        result = await self._evaluate(self.eval_prompts, step)
+        self.ledger.remember(key, result)
+
+    async def _evaluate(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
+        await self.weights.reached(step)
+        started = self._now()
+        result = await self.evaluator.run(prompts, step)
+        self.recorder.event(f"evaluation at {step}", started, self._now(), "evaluation")
+        self.tracker.log_eval(step, result)
+        return {"step": step, **result}
+
+    async def _checkpoint(self) -> None:
+        """Save the learner, and where everything else stands. Production goes on meanwhile."""
+        started = self._now()
+        directory = await asyncio.to_thread(self.checkpoints.begin, self.step)
+        manifest = Manifest(
+            version=self.step,
+            position=self._position,
+            next_index=self._next_index,
+            buffered=[done.info.prompt_id for done in self.buffer.waiting()],
+            seed=self.config.run.seed,
+            config=config_hash(self.config),
+            totals=self.recorder.snapshot(),
+        )
+        await self._learner(self.roles.learner.save(directory), "save a checkpoint")
+        await self.ledger.flush()
+        await asyncio.to_thread(self.checkpoints.commit, manifest)
+        self._saved = self.step
+        self.recorder.event(f"checkpoint {self.step}", started, self._now(), "learner")
+        self.ledger.note("checkpoint", version=self.step)
+
+    # ---- start and end ----
+
+    async def _start(self) -> None:
+        config = self.config
+        checkpoint = await asyncio.to_thread(self.checkpoints.newest)
+        if config.run.resume == "never" and (checkpoint is not None or self.ledger.position):
+            raise RunDirError("run.resume is never, but the run directory has been used: choose another run.dir")
+        if checkpoint is not None:
+            if checkpoint.manifest.config != config_hash(config):
+                raise RunDirError(
+                    f"{checkpoint.path} was made with another config: go on with its own, or choose another run.dir"
+                )
+            version = await self._learner(self.roles.learner.load(checkpoint.learner), f"load {checkpoint.path}")
+            if version != checkpoint.manifest.version:
+                raise LearnerError(f"{checkpoint.path} holds version {version}, expected {checkpoint.manifest.version}")
+        plan = await recover(checkpoint, self.ledger, self.roles.store, self.batch, self.bound)
+        self.step = plan.version
+        self._position = self.ledger.position
+        self._redraw, self._next_index = deque(plan.redraw), plan.next_index
+        self.gate = StalenessGate(self.batch, self.bound, self.steps * self.batch, self.step, self.step * self.batch)
+        if checkpoint is not None:
+            self._saved = self.step
+            self.recorder.resume(Totals(**checkpoint.manifest.totals))
+            self.tracker.resumed(self.step)
+        self._spawn(self.weights.run())
+        await self._publish()
+        await self._unless_stopped(self._spawn(self.weights.reached(self.step)))
+        if self.step == 0 and config.eval.before and self.eval_prompts and self.ledger.recall("eval.before") is None:
+            await self._unless_stopped(self._spawn(self._evaluate_once("eval.before", 0)))
+        self.gate.start(len(plan.reuse))
+        for scored in plan.reuse:
+            prompt = self.prompts.draw(scored.info.index)
+            self.buffer.start(prompt.index, scored.info.min_version)
+            self._in_flight[prompt.id] = prompt
+            self._spawn(self._buffer(prompt, scored))
+
+    def _assemble(self) -> None:
+        """The parts that need the running event loop."""
+        config = self.config
+        self.bell = Bell(self._patience(), self._state)
+        self.recorder = Recorder(self.tracker, self._now)
+        self.gate = StalenessGate(self.batch, self.bound)
+        self.buffer: GroupBuffer[Done] = GroupBuffer(self.batch, self.bound)
+        self._in_flight: dict[str, Prompt] = {}
+        self._evaluating = False
+        events = PoolEvents(self.bell.ring, self._assigned, self._failed, self._lost, self._restarted)
+        n = config.rollout.samples_per_prompt
+        # Twice what an engine runs at once keeps it busy and leaves the rest for whoever is free first. With S = 0 a
+        # batch is handed over whole.
+        capacity = None if self.bound == 0 else 2 * max(1, config.rollout.engine.max_num_seqs // n)
+        self.generators = GeneratorPool(
+            PoolOptions(
+                "generator",
+                config.rollout.stall_timeout_s,
+                config.rollout.start_timeout_s,
+                config.rollout.attempts,
+                capacity,
+                events,
+            ),
+            self.roles.generators,
+            self.roles.spawn_generator,
+            self._spawn,
+            config.weights.timeout_s,
+            self.recorder.updated,
+        )
+        # A worker may call every function on every rollout of a group one after the other.
+        longest = n * len(config.rewards.functions) * config.rewards.timeout_s + REWARD_MARGIN_S
+        self.rewarders = RewarderPool(
+            PoolOptions("rewarder", longest, config.rewards.start_timeout_s, config.rollout.attempts, None, events),
+            self.roles.rewarders,
+            self.roles.spawn_rewarder,
+            self._spawn,
+        )
+        self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
+        sampling = Sampling(
+            n=config.eval.samples_per_prompt,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.eval.temperature,
+            stop=config.rollout.stop,
+            ignore_eos=config.rollout.ignore_eos,
+        )
+        self.evaluator = Evaluator(self.generators, self.rewarders, sampling, config.eval.timeout_s)
+
+    async def _finish(self) -> None:
+        """Checkpoint first, so that nothing that can still fail costs the run its end."""
+        if self._saved != self.step:
+            await self._checkpoint()
+        done = self.ledger.recall("eval.after")
+        evaluated = done is not None and done["step"] == self.step
+        if not self._stops and self.config.eval.after and self.eval_prompts and not evaluated:
+            await self._unless_stopped(self._spawn(self._evaluate_once("eval.after", self.step)))
+        while writing := [task for task in self._background if task.get_name() == "_to_disk"]:
+            await within(STORE_TIMEOUT_S, asyncio.wait(writing), EngineError("the rollout store did not finish"))
+
+    def _summary(self) -> dict[str, Any]:
+        evaluations = {name: self.ledger.recall(f"eval.{name}") for name in ("before", "after")}
+        fates = self.ledger.fates()
+        versions = {"learner": self.step, "generators": dict(sorted(self.generators.versions.items()))}
+        return self.recorder.summary(evaluations, self.step, fates, versions)
+
+    # ---- small things ----
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._tasks.create_task(work, name=work.__name__)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _unless_stopped(self, task: asyncio.Task[None]) -> None:
+        """Wait for the task; give it up when the run is stopped."""
+        task.add_done_callback(lambda _: self.bell.ring())
+        await self.bell.until(lambda: task.done() or self._stops > 0, task.get_name())
+        task.cancel()
+
+    async def _learner(self, call: Awaitable[T], what: str) -> T:
+        seconds = self.config.learner.step_timeout_s
+        late = LearnerError(
+            f"the learner did not {what} within learner.step_timeout_s={seconds:g} s (step {self.step})"
+        )
+        try:
+            return await within(seconds, call, late)
+        except WorkerDied as error:
+            raise LearnerError(
+                f"{error} (asked to {what}, step {self.step}); the same command goes on from the newest checkpoint"
+            ) from error
+
+    async def _store(self, call: Awaitable[T]) -> T:
+        return await within(
+            STORE_TIMEOUT_S, call, EngineError(f"the rollout store did not answer in {STORE_TIMEOUT_S} s")
+        )
+
+    def _rolled_out(self, version: int) -> None:
+        self.gate.advance(version)
+        self.bell.ring()
+
+    def _assigned(self, work: Any, worker: str, attempt: int) -> None:
+        if isinstance(work, Request) and work.prompt.id in self._in_flight:
+            self.ledger.assigned(work.prompt.id, worker, attempt)
+
+    def _failed(self, work: Any, worker: str, cause: str) -> None:
+        if isinstance(work, Request) and work.prompt.id in self._in_flight:
+            self.ledger.failed(work.prompt.id, worker, cause)
+
+    def _lost(self, worker: str, cause: str) -> None:
+        logger.warning("%s is lost: %s; it is restarted and its work goes elsewhere", worker, cause)
+        self.ledger.note("worker lost", worker=worker, cause=cause)
+        self.weights.report()
+
+    def _restarted(self, worker: str) -> None:
+        logger.info("%s is back", worker)
+        self.ledger.note("worker restarted", worker=worker)
+        self.weights.report()
+
+    def _patience(self) -> float:
+        """Longer than everything that may happen in a row without ringing the bell."""
+        c = self.config
+        updates = c.weights.timeout_s * (c.rollout.generators + 1)
+        starts = 2 * max(c.rollout.start_timeout_s, c.rewards.start_timeout_s) + c.rollout.stall_timeout_s
+        return 3 * c.learner.step_timeout_s + c.eval.timeout_s + updates + starts + STORE_TIMEOUT_S
+
+    def _state(self) -> str:
+        return (
+            f"step {self.step}, gate at version {self.gate.version} with {self.gate.open_slots()} open slots, "
+            f"{self.buffer.under_way} groups under way, {self.buffer.finished} buffered, "
+            f"healthy: {', '.join([*self.generators.healthy, *self.rewarders.healthy]) or 'nobody'}"
+        )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first exception of a group that is not itself a group."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

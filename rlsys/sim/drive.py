@@ -1,0 +1,171 @@
+"""The whole loop on simulated roles: for tests of the driver, and for the driver's own cost."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsys.config.models import Config
+from rlsys.driver.loop import Driver, GroupFilter
+from rlsys.ledger.ledger import Ledger
+from rlsys.ledger.store import RolloutStore
+from rlsys.roles import Generator, Rewarder, Roles, SampleRow
+from rlsys.roles import RolloutStore as RolloutStoreProtocol
+from rlsys.sim.roles import INSTANT, MemoryStore, SimGenerator, SimLearner, SimReference, SimRewarder, Timing
+from rlsys.types import Prompt
+
+
+def sim_config(**changes: Mapping[str, Any]) -> Config:
+    """A config for simulated roles; `changes` are sections, such as `driver={"max_staleness": 2}`."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": "none"},
+        "prompts": {"train": {"kind": "sums"}},
+        "rewards": {"functions": [{"name": "parity", "kind": "python", "path": "none:none"}]},
+    }
+    for name, section in changes.items():
+        sections[name] = {**sections.get(name, {}), **section}
+    return Config.model_validate(sections)
+
+
+@dataclass(frozen=True, slots=True)
+class SimPrompts:
+    """Endless prompts."""
+
+    name: str = "sim"
+
+    def draw(self, index: int) -> Prompt:
+        return Prompt(f"{self.name}/{index}", index, np.array([1, 2, 3], np.int32), "?", "sim", None, seed=1000 * index)
+
+
+@dataclass(slots=True)
+class RecordingTracker:
+    """Keeps everything in lists."""
+
+    steps: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    evals: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    samples: list[SampleRow] = field(default_factory=list)
+    events: list[tuple[str, float, float, str]] = field(default_factory=list)
+    resumes: list[int] = field(default_factory=list)
+    summaries: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps.append((step, metrics))
+
+    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.evals.append((step, metrics))
+
+    def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        self.samples.extend(rows)
+
+    def event(self, name: str, start: float, end: float, lane: str) -> None:
+        self.events.append((name, start, end, lane))
+
+    def resumed(self, step: int) -> None:
+        self.resumes.append(step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.summaries.append(summary)
+
+
+class Simulation:
+    """Roles, ledger, store and driver of one process of a run. Make it inside the event loop; `close` it afterwards."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        timing: Timing = INSTANT,
+        seed: int = 0,
+        failure_rate: float = 0.0,
+        timeout_rate: float = 0.0,
+        with_reference: bool = False,
+        skip: Callable[[int], bool] = lambda step: False,
+        filters: Sequence[GroupFilter] = (),
+        store: RolloutStoreProtocol | None = None,
+    ) -> None:
+        self.learner = SimLearner("learner", timing, seed, skip)
+        self.all_generators: list[SimGenerator] = []  # those that died, too
+        self.spawns = 0
+        self.spawn_fails: Callable[[str], Exception | None] = lambda name: None
+
+        def generator(name: str) -> SimGenerator:
+            self.all_generators.append(SimGenerator(name, timing, seed + self.spawns, failure_rate))
+            return self.all_generators[-1]
+
+        async def spawn_generator(name: str) -> Generator:
+            self.spawns += 1
+            await asyncio.sleep(timing.spawn_s)
+            if error := self.spawn_fails(name):
+                raise error
+            return generator(name)
+
+        async def spawn_rewarder(name: str) -> Rewarder:
+            self.spawns += 1
+            await asyncio.sleep(timing.spawn_s)
+            return SimRewarder(name, timing, seed + self.spawns, timeout_rate)
+
+        self.store = store or RolloutStore(run_dir / "rollouts")
+        self.roles = Roles(
+            generators=[generator(f"generator-{i}") for i in range(config.rollout.generators)],
+            rewarders=[SimRewarder(f"rewarder-{i}", timing, seed, timeout_rate) for i in range(config.rewards.workers)],
+            learner=self.learner,
+            reference=SimReference("reference", timing, seed) if with_reference else None,
+            store=self.store,
+            spawn_generator=spawn_generator,
+            spawn_rewarder=spawn_rewarder,
+        )
+        self.ledger = Ledger(run_dir / "ledger.sqlite")
+        self.tracker = RecordingTracker()
+        eval_prompts = [SimPrompts("eval").draw(i) for i in range(config.eval.prompts)]
+        self.driver = Driver(
+            config, self.roles, self.ledger, SimPrompts(), self.tracker, run_dir, eval_prompts, filters
+        )
+
+    async def run(self) -> dict[str, Any]:
+        try:
+            return await self.driver.run()
+        finally:
+            await self.store.close()
+            self.ledger.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Wall time of the whole loop, divided by the rollouts that went through."""
+
+    rollouts: int
+    seconds: float
+    per_rollout_us: float
+    per_step_ms: float
+
+
+def drive(
+    steps: int, prompts_per_step: int, samples: int, generators: int = 2, tokens: int = 16, on_disk: bool = True
+) -> Cost:
+    """What the driver itself costs: the loop over roles that take no time. `on_disk`: with the Parquet store."""
+    config = sim_config(
+        run={"steps": steps},
+        rollout={"generators": generators, "samples_per_prompt": samples},
+        driver={"prompts_per_step": prompts_per_step},
+        eval={"before": False, "after": False, "prompts": 1},
+        checkpoint={"every": 0},
+    )
+    timing = Timing((tokens, tokens), None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    async def main(directory: Path) -> float:
+        simulation = Simulation(config, directory, timing, store=None if on_disk else MemoryStore())
+        started = time.perf_counter()
+        await simulation.run()
+        return time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory() as directory:
+        seconds = asyncio.run(main(Path(directory)))
+    rollouts = steps * prompts_per_step * samples
+    return Cost(rollouts, seconds, 1e6 * seconds / rollouts, 1e3 * seconds / steps)

@@ -1,0 +1,307 @@
+"""Generators, rewarders, a reference and a learner that only take time.
+
+What they produce is a pure function of weights, seeds and prompts, so that two runs can be compared: the learner's
+"weights" are a hash over every batch it has trained on, and what a generator samples depends on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsys.errors import EngineError, WorkerDied
+from rlsys.metrics import Mean
+from rlsys.roles import (
+    Generated,
+    Handle,
+    Probe,
+    PublishedWeights,
+    SampleRow,
+    Sampling,
+    Scored,
+    StepReport,
+    TrainItem,
+    UpdateReport,
+)
+from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long things take, in seconds; `tokens_per_s` of one rollout, None: no time at all.
+
+    Lengths are uniform between the two bounds, times exponential with the given mean (0: none).
+    """
+
+    lengths: tuple[int, int] = (4, 32)
+    tokens_per_s: float | None = 16.0
+    score_s: float = 0.2
+    reference_s: float = 0.1
+    step_s: float = 1.0
+    publish_s: float = 0.1
+    update_s: float = 0.2
+    spawn_s: float = 2.0
+
+
+INSTANT = Timing((16, 16), None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+async def pause(rng: random.Random, mean_s: float) -> None:
+    if mean_s:
+        await asyncio.sleep(rng.expovariate(1 / mean_s))
+
+
+class _Mortal:
+    """A worker that can be killed (everything fails), or made to stall (nothing ever comes back)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stalled = False
+        self._dead: str | None = None
+        self._calls: set[asyncio.Future[Any]] = set()
+
+    def kill(self, cause: str = "killed") -> None:
+        self._dead = self._dead or cause
+        for call in list(self._calls):
+            call.cancel()
+
+    def stall(self) -> None:
+        self.stalled = True
+
+    def check(self) -> None:
+        if self._dead is not None:
+            raise WorkerDied(self.name, self._dead)
+
+    async def living(self, work: Awaitable[Any]) -> Any:
+        """The result of the work, unless the worker is killed or stalls first."""
+        self.check()
+        call = asyncio.ensure_future(work)
+        self._calls.add(call)
+        try:
+            result = await call
+            if self.stalled:
+                await asyncio.Future()  # until the caller gives up
+        except asyncio.CancelledError:
+            if self._dead is not None and call.cancelled():
+                raise WorkerDied(self.name, self._dead) from None
+            call.cancel()
+            raise
+        finally:
+            self._calls.discard(call)
+        self.check()
+        return result
+
+    async def close(self) -> None:
+        self.kill("closed")
+
+
+class SimGenerator(_Mortal):
+    """Samples `lengths` tokens per rollout; tokens sampled after an update carry the new version."""
+
+    def __init__(self, name: str, timing: Timing, seed: int, failure_rate: float = 0.0) -> None:
+        super().__init__(name)
+        self._timing = timing
+        self._rng = random.Random(f"{name}/{seed}")
+        self._failure_rate = failure_rate
+        self._history: list[tuple[float, int, str]] = []  # when a version arrived, and its state
+        self._running: dict[int, tuple[float, int]] = {}
+        self._finished_tokens = 0
+        self.calls: list[tuple[str, ...]] = []
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Sequence[Awaitable[Generated]]:
+        self.check()
+        if not self._history:
+            raise EngineError(f"{self.name} has no weights")
+        self.calls.append(tuple(prompt.id for prompt in prompts))
+        return [asyncio.ensure_future(self.living(self._sample(prompt, sampling))) for prompt in prompts]
+
+    async def progress(self) -> int:
+        self.check()
+        if self.stalled:
+            return self._finished_tokens
+        now, rate = asyncio.get_running_loop().time(), self._timing.tokens_per_s or 0.0
+        return self._finished_tokens + sum(min(n, int((now - t) * rate)) for t, n in self._running.values())
+
+    async def update(self, weights: PublishedWeights) -> UpdateReport:
+        await self.living(pause(self._rng, self._timing.update_s))
+        self._history.append((asyncio.get_running_loop().time(), weights.version, weights.payload))
+        return UpdateReport(self.name, weights.version, 0.01, 0.02, 0.03, 1024, 0.0)
+
+    async def _sample(self, prompt: Prompt, sampling: Sampling) -> Generated:
+        started = asyncio.get_running_loop().time()
+        first = len(self._history) - 1
+        state = self._history[first][2]
+        rng = random.Random(f"{state}/{prompt.seed}")
+        lengths = [rng.randint(*self._timing.lengths) for _ in range(sampling.n)]
+        rate = self._timing.tokens_per_s
+        key = id(rng)
+        if rate:
+            self._running[key] = (started, max(lengths))
+            try:
+                await asyncio.sleep(max(lengths) / rate)
+            finally:
+                del self._running[key]
+        self._finished_tokens += sum(lengths)
+        if self._rng.random() < self._failure_rate:
+            raise EngineError(f"{self.name} failed at {prompt.id}")
+        history = self._history[first:]
+        group = RolloutGroup(
+            prompt,
+            tuple(_rollout(prompt, i, n, rng, _spans(history, started, rate, n)) for i, n in enumerate(lengths)),
+            self.name,
+        )
+        return Generated(group_info(group), group)
+
+
+def _spans(
+    history: Sequence[tuple[float, int, str]], started: float, rate: float | None, length: int
+) -> tuple[VersionSpan, ...]:
+    """Token i is sampled at `started + i / rate`, by the newest version that had arrived then."""
+    starts = [0] + [min(length, int(np.ceil((at - started) * (rate or 0.0)))) for at, _, _ in history[1:]]
+    ends = [*starts[1:], length]
+    return tuple(VersionSpan(v, a, b) for (_, v, _), a, b in zip(history, starts, ends, strict=True) if b > a)
+
+
+def _rollout(prompt: Prompt, sample: int, n: int, rng: random.Random, spans: tuple[VersionSpan, ...]) -> Rollout:
+    tokens = np.frombuffer(rng.randbytes(n), np.uint8).astype(np.int32)
+    return Rollout(
+        prompt_id=prompt.id,
+        sample=sample,
+        token_ids=tokens,
+        action_mask=np.ones(n, bool),
+        behavior_logprobs=np.full(n, -1.0, np.float32),
+        version_spans=spans,
+        finish_reason="stop",
+        text="x" * n,
+    )
+
+
+class SimRewarder(_Mortal):
+    """Scores 0 or 1 by the parity of the tokens' sum; now and then a reward times out."""
+
+    def __init__(self, name: str, timing: Timing, seed: int, timeout_rate: float = 0.0) -> None:
+        super().__init__(name)
+        self._timing = timing
+        self._rng = random.Random(f"{name}/{seed}")
+        self._timeout_rate = timeout_rate
+
+    async def score(self, group: Handle) -> Scored:
+        return await self.living(self._score(group))
+
+    async def _score(self, group: RolloutGroup) -> Scored:
+        await pause(self._rng, self._timing.score_s)
+        rewards = tuple(
+            Reward("timeout", float("nan"), {}, "no answer")
+            if self._rng.random() < self._timeout_rate
+            else Reward("ok", float(int(r.token_ids.sum()) % 2), {"parity": float(int(r.token_ids.sum()) % 2)})
+            for r in group.rollouts
+        )
+        return Scored(group_info(group, rewards), ScoredGroup(group, rewards))
+
+
+class SimReference(_Mortal):
+    def __init__(self, name: str, timing: Timing, seed: int) -> None:
+        super().__init__(name)
+        self._timing = timing
+        self._rng = random.Random(f"{name}/{seed}")
+
+    async def logprobs(self, group: Handle) -> Handle:
+        await self.living(pause(self._rng, self._timing.reference_s))
+        return tuple(np.full(len(r.token_ids), -1.0, np.float32) for r in group.rollouts)
+
+
+@dataclass(slots=True)
+class TrainedBatch:
+    """What one step was given."""
+
+    version: int  # of the learner before the step
+    prompt_ids: tuple[str, ...]
+    oldest: int  # smallest version among the tokens
+
+
+class SimLearner(_Mortal):
+    """Its weights are a hash over everything it was trained on, in order."""
+
+    def __init__(self, name: str, timing: Timing, seed: int, skip: Callable[[int], bool] = lambda step: False) -> None:
+        super().__init__(name)
+        self._timing = timing
+        self._rng = random.Random(f"{name}/{seed}")
+        self._skip = skip
+        self.version = 0
+        self.state = "initial"
+        self.batches: list[TrainedBatch] = []
+
+    async def step(self, items: Sequence[TrainItem]) -> StepReport:
+        return await self.living(self._step(items))
+
+    async def _step(self, items: Sequence[TrainItem]) -> StepReport:
+        await pause(self._rng, self._timing.step_s)
+        groups: list[ScoredGroup] = [item.scored for item in items]
+        oldest = min(int(r.versions.min()) for g in groups for r in g.rollouts)
+        ids = tuple(group.prompt.id for group in groups)
+        self.batches.append(TrainedBatch(self.version, ids, oldest))
+        self.version += 1
+        tokens = sum(item.info.tokens for item in items)
+        if self._skip(self.version):
+            return StepReport(self.version, {}, tokens, self._timing.step_s, skipped="non-finite gradient")
+        digest = hashlib.sha256(self.state.encode())
+        for group in groups:
+            digest.update(group.prompt.id.encode())
+            for rollout in group.rollouts:
+                digest.update(rollout.token_ids.tobytes())
+        self.state = digest.hexdigest()
+        return StepReport(self.version, {"loss": Mean.of([0.5])}, tokens, self._timing.step_s)
+
+    async def publish(self) -> PublishedWeights:
+        await self.living(pause(self._rng, self._timing.publish_s))
+        return PublishedWeights(self.version, {}, self.state, Probe((1, 2), (-0.5,)), gather_s=0.01)
+
+    async def save(self, directory: Path) -> None:
+        await self.living(asyncio.sleep(0))
+        (directory / "learner.json").write_text(json.dumps({"version": self.version, "state": self.state}))
+
+    async def load(self, directory: Path) -> int:
+        self.check()
+        saved = json.loads((directory / "learner.json").read_text())
+        self.version, self.state = saved["version"], saved["state"]
+        return self.version
+
+
+@dataclass(slots=True)
+class MemoryStore:
+    """A rollout store that only counts."""
+
+    pending: dict[str, Handle] = field(default_factory=dict)
+    fates: dict[str, int] = field(default_factory=dict)
+
+    async def buffered(self, group: Handle) -> None:
+        self.pending[group.prompt.id] = group
+
+    async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
+        for prompt_id in prompt_ids:
+            del self.pending[prompt_id]
+        self.fates[fate] = self.fates.get(fate, 0) + len(prompt_ids)
+
+    async def discard(self, prompt_ids: Sequence[str]) -> None:
+        for prompt_id in prompt_ids:
+            del self.pending[prompt_id]
+
+    async def load_buffered(self) -> Mapping[str, Scored]:
+        return {i: Scored(group_info(g.group, g.rewards), g) for i, g in self.pending.items()}
+
+    async def roll_back(self, version: int) -> None:
+        pass
+
+    async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:
+        return []
+
+    async def close(self) -> None:
+        pass
