@@ -53,11 +53,13 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
         pass
 
     def start_weight_update(self) -> None:
-        # The reload starts in `receive_weights`, after the bytes were checked: from its start on, the old weights are gone.
+        # The reload starts in `receive_weights`, after the bytes were checked: from its start on, the old weights are
+        # gone.
         pass
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # Not the inherited one: it ends with torch.accelerator.synchronize(), which fails where there is no accelerator.
+        # Not the inherited one: it ends with torch.accelerator.synchronize(), which fails where there is no
+        # accelerator.
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -71,8 +73,9 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
         except WeightUpdateError as error:
             raise ValueError(f"{REFUSED} {error}") from None
         with torch.no_grad():
+            load_weights: Any = self.model.load_weights  # every model of vLLM has it; nn.Module does not say so
             initialize_layerwise_reload(self.model)
-            self.model.load_weights(iter(unpack(payload, update_info.manifest).items()))
+            load_weights(iter(unpack(payload, update_info.manifest).items()))
             finalize_layerwise_reload(self.model, self.model_config)
             _retie_output_head(self.model)
 
@@ -86,8 +89,8 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
 def _retie_output_head(model: torch.nn.Module) -> None:
     """Give an output head that shares the input embedding's weights the new ones.
 
-    No tensor is loaded for a tied head, so the layerwise reload leaves it alone: it keeps the parameter it had, and on CPU a packed
-    copy of that, and the model goes on answering with the old head and no complaint.
+    No tensor is loaded for a tied head, so the layerwise reload leaves it alone: it keeps the parameter it had, and
+    on CPU a packed copy of that, and the model goes on answering with the old head and no complaint.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.platforms import current_platform

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 
 
-def checksum(payload: np.ndarray | memoryview, tensors: list[dict[str, Any]]) -> str:
+def checksum(payload: np.ndarray, tensors: list[dict[str, Any]]) -> str:
     """`"xxh3_64:<16 hex digits>"` of the payload followed by its table of tensors."""
-    state = xxhash.xxh3_64(memoryview(payload))
+    state = xxhash.xxh3_64(payload.data)
     state.update(json.dumps(tensors, sort_keys=True).encode())
     return f"xxh3_64:{state.hexdigest()}"
 
@@ -38,8 +38,8 @@ def checksum(payload: np.ndarray | memoryview, tensors: list[dict[str, Any]]) ->
 def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Lay named tensors out in one array of bytes.
 
-    `named_tensors` has Hugging Face names and full (unsharded) tensors of any dtype, on any device. Returns the payload,
-    uint8 [bytes], and its manifest. Raises ValueError when a name comes twice.
+    `named_tensors` has Hugging Face names and full (unsharded) tensors of any dtype, on any device. Returns the
+    payload, uint8 [bytes], and its manifest. Raises ValueError when a name comes twice.
     """
     import torch
 
@@ -64,12 +64,14 @@ def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> tup
     return payload, manifest
 
 
-def verify(payload: np.ndarray | memoryview, manifest: Mapping[str, Any]) -> None:
+def verify(payload: np.ndarray, manifest: Mapping[str, Any]) -> None:
     """Raise WeightUpdateError when the payload is not the one the manifest describes."""
     version = manifest["version"]
-    size = memoryview(payload).nbytes
+    size = payload.nbytes
     if size != manifest["bytes"]:
-        raise WeightUpdateError(f"weights of version {version}: {size} bytes came, the manifest says {manifest['bytes']}")
+        raise WeightUpdateError(
+            f"weights of version {version}: {size} bytes came, the manifest says {manifest['bytes']}"
+        )
     found = checksum(payload, list(manifest["tensors"]))
     if found != manifest["checksum"]:
         raise WeightUpdateError(
@@ -78,7 +80,7 @@ def verify(payload: np.ndarray | memoryview, manifest: Mapping[str, Any]) -> Non
         )
 
 
-def unpack(payload: np.ndarray | memoryview, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def unpack(payload: np.ndarray, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors by name, as views of the payload, not to be written to. Call `verify` first."""
     import torch
 

@@ -1,7 +1,7 @@
 """Hand a block of bytes to another process of this machine, and leave nothing behind whatever dies.
 
-The memory is anonymous (`memfd_create`), found by the other side through `/proc/PID/fd/N`: it has no name in /dev/shm that could
-outlive a killed process; the kernel frees it with the last process that holds it. Linux only, as is vLLM.
+The memory is anonymous (`memfd_create`), found by the other side through `/proc/PID/fd/N`: it has no name in /dev/shm
+that could outlive a killed process; the kernel frees it with the last process that holds it. Linux only, as is vLLM.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""From the driver's terms to vLLM's and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlsys.errors import EngineError
+from rlsys.roles import Sampling
+from rlsys.types import FinishReason, Prompt, Rollout, RolloutGroup, VersionSpan
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
+
+
+def sampling_params(prompt: Prompt, sampling: Sampling) -> SamplingParams:
+    """One request for the whole group: vLLM seeds sample i with `seed + i`."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.n,
+        seed=prompt.seed,
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=list(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def to_group(prompt: Prompt, output: RequestOutput, generator: str) -> RolloutGroup:
+    """Raises EngineError when vLLM ended a sample for another reason than its end or its length."""
+    rollouts = tuple(_to_rollout(prompt, completion) for completion in output.outputs)
+    return RolloutGroup(prompt=prompt, rollouts=rollouts, generator=generator)
+
+
+def _to_rollout(prompt: Prompt, completion: CompletionOutput) -> Rollout:
+    from vllm.logprobs import FlatLogprobs
+
+    reason: FinishReason
+    match completion.finish_reason:
+        case "stop":
+            reason = "stop"
+        case "length":
+            reason = "length"
+        case other:
+            raise EngineError(f"prompt {prompt.id}: vLLM ended sample {completion.index} with {other!r}")
+    assert isinstance(completion.logprobs, FlatLogprobs)
+    token_ids = np.array(completion.token_ids, dtype=np.int32)
+    logprobs = np.array(completion.logprobs.logprobs, dtype=np.float32)
+    if len(logprobs) != len(token_ids):
+        raise EngineError(f"prompt {prompt.id}: vLLM gave {len(token_ids)} tokens but {len(logprobs)} log-probs")
+    return Rollout(
+        prompt_id=prompt.id,
+        sample=completion.index,
+        token_ids=token_ids,
+        action_mask=np.ones(len(token_ids), dtype=bool),
+        behavior_logprobs=logprobs,
+        version_spans=tuple(VersionSpan(int(version), start, end) for version, start, end in _spans(completion)),
+        finish_reason=reason,
+        text=completion.text,
+    )
+
+
+def _spans(completion: CompletionOutput) -> list[tuple[str, int, int]]:
+    spans = completion.weight_versions or []
+    return [(span.version, span.start, span.end) for span in spans if span.end > span.start]

@@ -1,0 +1,332 @@
+"""A rollout generator around one vLLM engine.
+
+Log-probs. `behavior_logprobs` are those of the distribution a token was drawn from: `log_softmax(logits /
+temperature)`, and where top-p or top-k cut that distribution, of what was left of it, renormalised. With a cut they
+are the true behaviour policy but differ from a learner's log-probs, which know no cut; use neither where importance
+ratios matter. Greedy sampling (temperature 0) reports log-probs at temperature 1.
+
+Weight updates. Generation pauses, running requests keep their tokens, and go on under the new weights. With
+`weights.kv_cache: recompute` their cache is computed again, so every token's log-prob is exactly its version's; with
+`keep` the running ones go on with what the old weights left in the cache, and their later tokens are only
+approximately their version's. Requests that start after an update never see older states in either case: prefix
+caching is salted with the version.
+
+Determinism. A call of `generate` into an idle engine is submitted as a whole before the first of it is scheduled,
+with empty caches. What comes out then depends on the weights, the prompts and the sampling alone, to the last bit
+(same machine, same settings). Two limits: a call into a busy engine joins running batches, whose composition moves
+floating-point rounding; and stop *strings* are found outside of the engine process, some steps late, which moves the
+composition as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlsys.config.models import Config
+from rlsys.errors import DataError, EngineError, WeightUpdateError, WorkerDied
+from rlsys.roles import Probe, PublishedWeights, Sampling, UpdateReport
+from rlsys.rollouts.convert import sampling_params, to_group
+from rlsys.rollouts.settings import engine_args, prepare_environment
+from rlsys.types import Prompt, RolloutGroup
+from rlsys.weights import nccl
+from rlsys.weights.expected import ExpectedTensors
+from rlsys.weights.shared_memory import shared
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+# Largest difference between the learner's log-probs of the probe and vLLM's. bfloat16 rounds each layer's result to
+# three digits, so there only gross errors (a tensor that was not updated, or in the wrong place) show.
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+PROBE_PRIORITY = -1  # before every prompt, whose priorities are 0, 1, 2, ...
+
+
+class VllmGenerator:
+    """One engine: `AsyncLLM` in this process, the model in a child process of it.
+
+    Call everything from one event loop. `start` and `close` block that loop for seconds. After a failure which leaves
+    the weights in doubt, the engine is ended, and every running and later call raises WorkerDied.
+    """
+
+    def __init__(self, name: str, config: Config, model_path: str | Path, version: int = 0) -> None:
+        """`version` is what the weights in `model_path` are labelled with until the first update."""
+        self.name = name
+        self.version = version
+        self._config = config
+        self._model_path = model_path
+        self._engine: AsyncLLM | None = None
+        self._gone: str | None = None  # why the engine is of no use any more
+        self._scheduling = asyncio.Lock()  # held by whoever pauses and resumes
+        self._updating = asyncio.Lock()
+        self._requests = 0
+        self._tokens = 0
+        self._rendezvous: Any = None
+
+    async def start(self) -> None:
+        """Start the engine process, load the model, and generate a little, which does the one-off work of a first
+        request.
+
+        Changes the environment variables of this process, from which the child takes its own.
+        """
+        prepare_environment(self._config, os.environ)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._expected = ExpectedTensors.of(self._model_path)
+        self._engine = AsyncLLM.from_engine_args(engine_args(self._config, self._model_path))
+        self._count_tokens(self._engine)
+        with self._failures():
+            await self._engine.update_weight_version(str(self.version))
+        warm_up = Prompt("warm-up", -1, np.zeros(4, dtype=np.int32), "", "", None, seed=0)
+        for group in await self.generate([warm_up], Sampling(n=4, max_new_tokens=4, ignore_eos=True)):
+            await group
+        self._tokens = 0
+
+    # ---- sampling -----------------------------------------------------------------------------------------------
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Awaitable[RolloutGroup]]:
+        """Start sampling `sampling.n` rollouts of each prompt, sample i seeded with `prompt.seed + i`.
+
+        Returns one awaitable per prompt, in order; cancelling one ends its requests. Raises DataError for a prompt
+        that leaves no room for a response; an awaitable raises WorkerDied when the engine ends, EngineError when vLLM
+        gives up on it.
+        """
+        room = self._config.model.max_length
+        for prompt in prompts:
+            if not 0 < len(prompt.token_ids) < room:
+                raise DataError(
+                    f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; with model.max_length={room} "
+                    f"it may have 1 to {room - 1}"
+                )
+        queues: list[RequestOutputCollector] = []
+        async with self._scheduling:
+            engine = self._running_engine()
+            idle = engine.get_num_unfinished_requests() == 0
+            with self._failures():
+                if idle:
+                    await self._pause(clear_cache=True)
+                try:
+                    for prompt in prompts:
+                        queues.append(await self._submit(prompt, sampling))
+                except BaseException:
+                    await engine.abort([queue.request_id for queue in queues], internal=True)
+                    raise
+                finally:
+                    if idle:
+                        await self._resume()
+        pairs = zip(prompts, queues, strict=True)
+        return [asyncio.create_task(self._collect(prompt, queue), name=prompt.id) for prompt, queue in pairs]
+
+    async def progress(self) -> int:
+        """Tokens sampled since the start, of running requests too. Raises WorkerDied when the engine has ended."""
+        self._running_engine()
+        return self._tokens
+
+    async def _submit(self, prompt: Prompt, sampling: Sampling) -> RequestOutputCollector:
+        from vllm.inputs.engine import tokens_input
+
+        number, self._requests = self._requests, self._requests + 1
+        return await self._running_engine().add_request(
+            str(number),
+            tokens_input(prompt.token_ids.tolist(), cache_salt=str(self.version)),
+            sampling_params(prompt, sampling),
+            priority=number,
+        )
+
+    async def _collect(self, prompt: Prompt, queue: RequestOutputCollector) -> RolloutGroup:
+        with self._failures():
+            try:
+                output: Any = await queue.get()
+            except asyncio.CancelledError:
+                if self._gone is None:
+                    await self._running_engine().abort(queue.request_id, internal=True)
+                raise
+        return to_group(prompt, output, self.name)
+
+    # ---- weights ------------------------------------------------------------------------------------------------
+
+    async def update(self, weights: PublishedWeights) -> UpdateReport:
+        """Take a version of the weights, and check that the model then says what the learner's does.
+
+        `weights.payload` is what `rlsys.weights.pack` made, uint8 [bytes]. In the report, `transfer_s` is the copy
+        into shared memory, `pause_s` the time to stop and to go on again, `load_s` checksum and loading in between:
+        generation stands still for `pause_s + load_s`.
+
+        Raises WeightUpdateError. A version that is refused (not the manifest's, older than the current one, damaged,
+        or of another model) leaves the engine generating with the weights it has; one that fails half-way, differs in
+        the probe, or is not loaded within `weights.timeout_s` ends the engine.
+        """
+        async with self._updating:
+            self._running_engine()
+            self._refuse(weights)
+            try:
+                async with asyncio.timeout(self._config.weights.timeout_s):
+                    return await self._take(weights)
+            except _Refused as error:
+                raise WeightUpdateError(f"{self.name}: {error}; it goes on with version {self.version}") from None
+            except TimeoutError:
+                limit = self._config.weights.timeout_s
+                late = f"version {weights.version} was not loaded within weights.timeout_s={limit:g} s"
+                self._end(late)
+                raise WeightUpdateError(f"{self.name}: {late}") from None
+            except WeightUpdateError as error:
+                self._end(str(error))
+                raise
+            except asyncio.CancelledError:
+                self._end(f"the update to version {weights.version} was cancelled half-way")
+                raise
+
+    def _refuse(self, weights: PublishedWeights) -> None:
+        version, described = weights.version, weights.manifest["version"]
+        if described != version:
+            raise WeightUpdateError(f"{self.name}: weights of version {version} came with a manifest of {described}")
+        if version < self.version:
+            raise WeightUpdateError(f"{self.name} has version {self.version} already, which is newer than {version}")
+        if len(weights.probe.token_ids) < 2:
+            raise WeightUpdateError(f"weights of version {version} have no probe: it needs 2 tokens or more")
+        self._expected.check(weights.manifest)
+
+    async def _take(self, weights: PublishedWeights) -> UpdateReport:
+        began = time.perf_counter()
+        with self._transferred(weights) as update_info:
+            transferred = time.perf_counter()
+            async with self._scheduling:
+                await self._pause(clear_cache=self._config.weights.kv_cache == "recompute")
+                paused = time.perf_counter()
+                try:
+                    await self._load(weights, update_info)
+                except _Refused:
+                    await self._resume()  # and after no other failure: the weights may be half loaded
+                    raise
+                loaded = time.perf_counter()
+                probe = await self._submit_probe(weights.probe)
+                await self._resume()
+                resumed = time.perf_counter()
+        return UpdateReport(
+            generator=self.name,
+            version=weights.version,
+            transfer_s=transferred - began,
+            pause_s=paused - transferred + resumed - loaded,
+            load_s=loaded - paused,
+            bytes=int(weights.manifest["bytes"]),
+            probe_difference=await self._probe_difference(weights, probe),
+        )
+
+    @contextmanager
+    def _transferred(self, weights: PublishedWeights) -> Iterator[dict[str, Any]]:
+        if self._config.weights.engine == "nccl":
+            yield nccl.update_info(weights.manifest)
+            return
+        with shared(weights.payload, f"rlsys-{self.name}-{weights.version}") as path:
+            yield {"path": path, "manifest": dict(weights.manifest)}
+
+    async def _load(self, weights: PublishedWeights, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        from rlsys.weights.object_store import REFUSED
+
+        engine = self._running_engine()
+        if self._config.weights.engine == "nccl" and weights.payload != self._rendezvous:
+            await engine.init_weight_transfer_engine(WeightTransferInitRequest(nccl.init_info(weights.payload)))
+            self._rendezvous = weights.payload
+        try:
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest(update_info))
+            await engine.finish_weight_update(weight_version=str(weights.version))
+        except Exception as error:  # vLLM passes on no more than the text of what was raised in the other process
+            _, mark, reason = str(error).partition(REFUSED)
+            if mark:
+                raise _Refused(reason.strip()) from error
+            raise WeightUpdateError(f"version {weights.version} failed to load: {error}") from error
+        self.version = weights.version
+
+    async def _submit_probe(self, probe: Probe) -> RequestOutputCollector:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = tokens_input(list(probe.token_ids))
+        return await self._running_engine().add_request("probe", prompt, params, priority=PROBE_PRIORITY)
+
+    async def _probe_difference(self, weights: PublishedWeights, queue: RequestOutputCollector) -> float:
+        output: Any = await queue.get()
+        found = np.array(output.prompt_logprobs.logprobs)  # the first token has none, the others one each
+        difference = float(np.max(np.abs(found - np.array(weights.probe.logprobs))))
+        tolerance = PROBE_TOLERANCE[self._config.model.dtype]
+        if not difference <= tolerance:  # also when it is NaN
+            raise WeightUpdateError(
+                f"{self.name}: with version {weights.version} its log-probs of the probe differ from the learner's by "
+                f"{difference:.2e}, more than {tolerance:g}: the weights did not arrive as they are"
+            )
+        return difference
+
+    # ---- the engine ---------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """End the engine process; running calls raise WorkerDied. Closing twice is closing once."""
+        self._end("it was closed")
+
+    def _end(self, reason: str) -> None:
+        self._gone = self._gone or reason
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.output_processor.propagate_error(WorkerDied(self.name, self._gone))
+            engine.shutdown()
+
+    def _running_engine(self) -> AsyncLLM:
+        if self._gone is not None:
+            raise WorkerDied(self.name, self._gone)
+        if self._engine is None:
+            raise EngineError(f"{self.name} has not been started")
+        return self._engine
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn vLLM's exceptions into ours."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            self._gone = self._gone or "its vLLM engine process ended"
+            raise WorkerDied(self.name, self._gone) from error
+        except ValueError as error:
+            raise EngineError(f"{self.name}: vLLM refuses a request: {error}") from error
+
+    async def _pause(self, clear_cache: bool) -> None:
+        # Below AsyncLLM.pause_generation, which sleeps for 20 ms after it to let outputs arrive. Nobody needs that
+        # here.
+        await self._running_engine().engine_core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
+
+    async def _resume(self) -> None:
+        await self._running_engine().resume_generation()
+
+    def _count_tokens(self, engine: AsyncLLM) -> None:
+        """Count the tokens of every engine step as it comes in: streaming outputs for that would cost a third of the
+        speed."""
+        process_outputs = engine.output_processor.process_outputs
+
+        def counted(outputs: Any, *arguments: Any, **options: Any) -> Any:
+            self._tokens += sum(len(output.new_token_ids) for output in outputs)
+            return process_outputs(outputs, *arguments, **options)
+
+        engine.output_processor.process_outputs = counted  # type: ignore[method-assign, assignment]
+
+
+class _Refused(Exception):
+    """An update was turned down with the old weights untouched."""
