@@ -56,7 +56,7 @@ class Encoder:
         """Raises DataError naming `where`, and TooLong (a DataError) for a prompt of too many tokens."""
         text = self._text(raw, where)
         # A chat template writes the special tokens itself.
-        ids = self._tokenizer(text, add_special_tokens=not self._template)["input_ids"]
+        ids = self._tokenizer(text, add_special_tokens=not self._template, verbose=False)["input_ids"]
         if len(ids) > self._max_tokens:
             raise TooLong(
                 f"{where}: the prompt has {len(ids)} tokens, and model.max_length - rollout.max_new_tokens leaves "
