@@ -9,9 +9,8 @@ process is killed.
 Invariants:
 
 - A call is in one place: waiting, sent, alone (to be run by itself), or done.
-- A call is only given up when it was certainly the culprit: the plain call that was running at its deadline, or one
-  that ran alone. When several could have done it, or the process died of something else, each suspect is run again
-  alone.
+- A call is only given up when it was certainly the culprit: nothing else was running. When several could have done
+  it, or the process died by itself (killed from outside?), each suspect is run again alone.
 - So every loss of a process makes progress: a call is given up, or finished, or moved to those that run alone.
 """
 
@@ -119,21 +118,20 @@ class CallQueue:
     def lost(self, now: float, killed: bool) -> list[Call]:
         """The child is gone, `killed` by us at `now` for a deadline or by itself. Returns the calls to give up.
 
-        An async call is past its deadline at twice the time-out: by then the child would have cancelled it, so its
-        event loop is blocked. It is not a plain call that blocks it: one that began before the async call was due to
-        be cancelled would have reached its own deadline first.
+        A plain call past its deadline hangs, unless an async one beside it holds the interpreter lock. An async call is
+        past its deadline at twice the time-out: by then the child would have cancelled it, so its event loop is
+        blocked, by any of the async calls. (Not by a plain one that holds the lock: that one began before the async
+        call was due to be cancelled, and so has reached its own deadline.)
         """
-        running = self._sent_plain[0] if self._sent_plain else None
-        overdue = [call for call, since in self._sent_async.items() if now >= since + 2 * self._timeout_s]
+        running = list(self._sent_plain)[:1]
         suspects: list[Call] = []
         certain = self._lone is not None
-        if killed and running and now >= self._plain_since + self._timeout_s:
-            suspects, certain = [running], True
-        elif killed and overdue:
+        if not killed or (running and now >= self._plain_since + self._timeout_s):
+            suspects = [*running, *self._sent_async]
+            certain = certain or (killed and len(suspects) == 1)
+        elif any(now >= since + 2 * self._timeout_s for since in self._sent_async.values()):
             suspects = list(self._sent_async)
-            certain = len(suspects) == 1
-        elif not killed:
-            suspects = [*([running] if running else []), *self._sent_async]
+            certain = certain or len(suspects) == 1
 
         for sent, waiting in ((self._sent_plain, self._plain), (self._sent_async, self._async)):
             waiting.extendleft(c for c in reversed(list(sent)) if c not in suspects and c.job in self._jobs)

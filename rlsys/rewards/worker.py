@@ -77,12 +77,14 @@ class RewardWorker:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._supervisor: asyncio.Task[None] | None = None
+        self._ended_by: Exception = RuntimeError(f"{name} was closed")
 
     async def start(self) -> None:
         """Start the child, with every function imported. Raises RewardSetupError."""
         self._child, is_async = await _Child.start(self._functions, self._config, self._search_path)
         self._calls = CallQueue(is_async.__getitem__, self._config.timeout_s, self._config.concurrency)
         self._supervisor = asyncio.create_task(self._supervise(self._child), name=f"{self.name} supervisor")
+        await asyncio.sleep(0)  # let it begin: cancelled before that, it would not end the child
 
     async def score(self, group: RolloutGroup) -> ScoredGroup:
         """Score every rollout by every function that applies to its task.
@@ -93,8 +95,7 @@ class RewardWorker:
         if self._supervisor is None:
             raise RuntimeError(f"{self.name} was not started")
         if self._supervisor.done():
-            self._supervisor.result()  # raises what ended it
-            raise RuntimeError(f"{self.name} is closed")
+            raise self._ended_by
         chosen = applicable(self._config, group.prompt.task)
         if not chosen:
             raise ConfigError(f"rewards.functions: none applies to the task {group.prompt.task!r}")
@@ -128,7 +129,6 @@ class RewardWorker:
 
     async def _supervise(self, child: _Child) -> None:
         """Serve one child after the other."""
-        error: BaseException = RuntimeError(f"{self.name} was closed")
         try:
             while True:
                 self._child = child
@@ -141,9 +141,8 @@ class RewardWorker:
                     self._work.clear()
                     await self._work.wait()
                 child, _ = await _Child.start(self._functions, self._config, self._search_path)
-        except Exception as failure:
-            error = failure
-            raise
+        except Exception as failure:  # it reaches everyone who waits for a score, or will
+            self._ended_by = failure
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -151,7 +150,7 @@ class RewardWorker:
             await child.end()
             for job in self._jobs.values():
                 if not job.finished.done():
-                    job.finished.set_exception(error)
+                    job.finished.set_exception(self._ended_by)
 
     def _dispatch(self) -> None:
         """Send what can be sent."""

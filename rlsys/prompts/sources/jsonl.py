@@ -57,7 +57,7 @@ class JsonlRows:
 
 def _parse(line: bytes, where: str) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8 text (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

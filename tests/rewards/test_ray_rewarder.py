@@ -1,0 +1,95 @@
+"""Reward workers as Ray actors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import ray
+
+from rlsys.config.models import RewardsConfig
+from rlsys.errors import RewardError, RewardSetupError, WorkerDied
+from rlsys.rewards.worker import default_search_path
+
+pytestmark = pytest.mark.slow
+
+SUMS = RewardsConfig.model_validate({"functions": [{"name": "right", "kind": "sums"}]})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 1024 * 1024)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+async def start():
+    from rlsys.actors.rewards import start_rewarder
+
+    started = []
+
+    async def start(config=SUMS):
+        started.append(await start_rewarder(f"rewards-{len(started)}", config))
+        return started[-1]
+
+    yield start
+    for rewarder in started:
+        await rewarder.close()
+
+
+async def test_the_driver_gets_the_facts_and_a_reference(group, start):
+    rewarder = await start()
+    given = group("22,45", "46", answer="45", row=4)
+    scored = await rewarder.score(ray.put(given))
+    assert (rewarder.name, scored.info.prompt_id, scored.info.index) == ("rewards-0", "sums/4@0", 4)
+    assert scored.info.scores == (1.0, 0.0)
+    assert scored.info.reward_statuses == ("ok", "ok")
+    assert scored.seconds > 0
+    assert isinstance(scored.payload, ray.ObjectRef)
+    payload = await scored.payload
+    np.testing.assert_array_equal(payload.scores, [1, 0])
+    assert [r.text for r in payload.rollouts] == ["22,45", "46"]
+
+
+async def test_errors_keep_their_type(group, start, user_config):
+    bad = {"functions": [{"name": "mine", "kind": "python", "path": "no_such_module_x:f"}]}
+    with pytest.raises(RewardSetupError, match="no_such_module_x"):
+        await start(RewardsConfig.model_validate(bad))
+    rewarder = await start(user_config("raises", on_failure="stop"))
+    with pytest.raises(RewardError, match="raises: ValueError: no such thing"):
+        await rewarder.score(ray.put(group("a")))
+
+
+async def test_functions_are_found_from_the_drivers_directory(group, start, tmp_path, monkeypatch):
+    (tmp_path / "rewards_here.py").write_text("def score(response): return len(response)")
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path) in default_search_path()
+    for path in ("rewards_here.py:score", "rewards_here:score"):
+        rewarder = await start(
+            RewardsConfig.model_validate({"functions": [{"name": "mine", "kind": "python", "path": path}]})
+        )
+        assert (await rewarder.score(ray.put(group("abc")))).info.scores == (3.0,)
+
+
+async def test_a_dead_worker_is_named_and_leaves_no_process(group, start, user_config, wait_until_gone, tmp_path):
+    file = tmp_path / "tells.py"
+    file.write_text("import os\ndef score(): return os.getpid()")
+    functions = [{"name": "mine", "kind": "python", "path": f"{file}:score"}]
+    rewarder = await start(RewardsConfig.model_validate({"functions": functions}))
+    child = int((await rewarder.score(ray.put(group("a")))).info.scores[0])
+    ray.kill(rewarder.actor)
+    with pytest.raises(WorkerDied, match="rewards-0 died") as died:
+        await rewarder.score(ray.put(group("a")))
+    assert died.value.worker == "rewards-0"
+    assert wait_until_gone(child, 20)
+
+
+async def test_closing_leaves_no_process(group, start, wait_until_gone, tmp_path):
+    file = tmp_path / "tells.py"
+    file.write_text("import os\ndef score(): return os.getpid()")
+    functions = [{"name": "mine", "kind": "python", "path": f"{file}:score"}]
+    rewarder = await start(RewardsConfig.model_validate({"functions": functions}))
+    child = int((await rewarder.score(ray.put(group("a")))).info.scores[0])
+    await rewarder.close()
+    assert wait_until_gone(child, 20)
+    await rewarder.close()  # closing twice does no harm
