@@ -36,6 +36,8 @@ class PromptStream:
         self._shuffle = shuffle
         self.skipped = 0  # rows left out as too long
         self._rows: np.ndarray | None = None  # usable ones, int64; None: all of them
+        if source.size == 0:
+            raise DataError(f"{source.name}: holds no prompts")
         if source.size is not None and (skip_too_long or not source.generated):
             self._check_rows(source.size, skip_too_long)
         self._order = lru_cache(maxsize=2)(self._compute_order)

@@ -150,6 +150,11 @@ def test_a_row_that_is_too_long_is_an_error_before_anything_is_drawn():
         stream(2, max_tokens=20, texts=["short", "x" * 21])
 
 
+def test_a_source_without_rows_is_an_error():
+    with pytest.raises(DataError, match="rows: holds no prompts"):
+        stream(0)
+
+
 def test_no_room_for_a_prompt_is_an_error():
     with pytest.raises(ConfigError, match="leaves no room for a prompt"):
         stream(2, max_tokens=0)

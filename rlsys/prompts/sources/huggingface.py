@@ -27,8 +27,6 @@ class HuggingFaceRows:
         self._config = config
         self._rows = self._read(_load(config))
         self.size = len(self._rows)
-        if not self.size:
-            raise DataError(f"{config.path}: the split {config.split!r} holds no prompts")
 
     def row(self, i: int) -> RawPrompt:
         return self._rows[i]
