@@ -207,8 +207,10 @@ def test_gae(seed: int, rows: int, width: int, gamma: float, lam: float) -> None
     inputs = tokens(rewards, values, mask)
     plain = GAE(gamma, lam, whiten=False)(inputs)
     np.testing.assert_allclose(plain.advantages, expected, rtol=1e-4, atol=1e-5)
+    assert plain.returns is not None
     np.testing.assert_allclose(plain.returns, returns, rtol=1e-4, atol=1e-5)
     whitened = GAE(gamma, lam)(inputs)
+    assert whitened.returns is not None
     np.testing.assert_allclose(whitened.returns, returns, rtol=1e-4, atol=1e-5)
     if mask.sum() > 1:
         chosen = expected[mask]

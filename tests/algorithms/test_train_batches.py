@@ -100,6 +100,7 @@ def test_the_score_is_on_the_last_trained_token(make_batch, prompt_ids) -> None:
     ppo = compose(preset="ppo", regularize=[], advantage=advantage, minibatches=1)
     (step,), metrics = ppo.train_batches(replace(batch, mask_BT=mask), prompt_ids(batch), np.zeros((2, 4)))
     np.testing.assert_allclose(step.advantages_BT, [[0.25, 0.5, 1, 0], [0.5, 0, 1, 2]])
+    assert step.returns_BT is not None
     np.testing.assert_allclose(step.returns_BT, step.advantages_BT)
     assert reduce(metrics)["critic/explained_variance"] == pytest.approx(0.0)
 
@@ -186,8 +187,11 @@ def test_objective_is_loss_times_correction_plus_regularisers() -> None:
     assert {"policy/ratio", "correction/weight", "reference/kl_k2", "policy/entropy"} <= set(reduce(out.metrics))
 
 
-def test_masked_places_have_no_say_even_when_they_are_not_finite() -> None:
-    algorithm = compose(correction={"name": "decoupled"}, regularize=[{"name": "kl"}, {"name": "entropy"}])
+@pytest.mark.parametrize("loss", ["ppo-clip", "policy-gradient"])
+def test_masked_places_have_no_say_even_when_they_are_not_finite(loss: str) -> None:
+    algorithm = compose(
+        loss={"name": loss}, correction={"name": "decoupled"}, regularize=[{"name": "kl"}, {"name": "entropy"}]
+    )
     mask = torch.tensor([[True, False], [False, True]])
 
     def filled(value: float, junk: float) -> Tensor:
@@ -196,8 +200,9 @@ def test_masked_places_have_no_say_even_when_they_are_not_finite() -> None:
     results = []
     for junk in (0.0, NAN, float("-inf"), float("inf")):
         logprobs, entropy = filled(-1.0, junk), filled(0.5, junk)
-        rest = [filled(v, junk).detach() for v in (-1.5, -1.2, -0.8)]
-        out = algorithm.objective(LossInputs(logprobs, *rest, entropy, filled(1.0, junk).detach(), mask))
+        behavior, proximal, reference, advantages = (filled(v, junk).detach() for v in (-1.5, -1.2, -0.8, 1.0))
+        inputs = LossInputs(logprobs, behavior, proximal, reference, entropy, advantages, mask)
+        out = algorithm.objective(inputs)
         out.per_token.sum().backward()
         assert logprobs.grad is not None
         assert entropy.grad is not None
@@ -206,7 +211,7 @@ def test_masked_places_have_no_say_even_when_they_are_not_finite() -> None:
     assert all(result == results[0] for result in results)
 
 
-CUTS = {
+CUTS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr-grpo": {},
     "rloo": {},

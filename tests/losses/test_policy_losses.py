@@ -197,7 +197,7 @@ def test_on_policy_every_loss_has_the_policy_gradient(loss) -> None:  # type: ig
 @given(seed=st.integers(0, 2**20), cap=st.sampled_from([0.5, 1.0, 2.0]))
 def test_corrections(seed: int, cap: float) -> None:
     inputs = random_inputs(seed)
-    ratio = np.exp(inputs.proximal_logprobs.double() - inputs.behavior_logprobs.double()).numpy()
+    ratio = np.exp((inputs.proximal_logprobs.double() - inputs.behavior_logprobs.double()).numpy())
     mask = inputs.mask.numpy()
 
     def weights(part) -> np.ndarray:  # type: ignore[no-untyped-def]

@@ -64,7 +64,7 @@ def test_k1_and_k3_have_the_value_of_the_kl_and_k2_nearly(seed: int) -> None:
     logits, reference = toy(seed)
     exact = kl(logits.log_softmax(0), reference)
     for estimator in ("k1", "k3"):
-        found = expected_loss(KL(coefficient=1.0, estimator=estimator), logits, reference)  # type: ignore[arg-type]
+        found = expected_loss(KL(coefficient=1.0, estimator=estimator), logits, reference)
         torch.testing.assert_close(found, exact)
     near = logits.log_softmax(0).detach() + 0.01 * reference
     close_by = expected_loss(KL(coefficient=1.0, estimator="k2"), logits, near.log_softmax(0))
@@ -86,7 +86,7 @@ def test_values_by_hand_in_the_loss_and_in_the_reward(estimator: str, value: flo
 
 def test_no_difference_no_kl() -> None:
     for estimator in ("k1", "k2", "k3"):
-        part = KL(coefficient=1.0, estimator=estimator)  # type: ignore[arg-type]
+        part = KL(coefficient=1.0, estimator=estimator)
         same = torch.tensor([-0.5, -3.0])
         assert part(enumerated(same, same)).per_token.tolist() == [[0.0, 0.0]]
 

@@ -1,0 +1,141 @@
+"""Every policy loss, correction and regulariser answers the same questions. New ones are found by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlsys.losses import Correction, Loss, LossInputs, Regularizer, TokenLoss, corrections, policy, regularizers
+from rlsys.metrics import merge, reduce
+from rlsys.registry import discover
+
+LOSSES = discover(policy, Loss)
+CORRECTIONS = discover(corrections, Correction)
+REGULARIZERS = discover(regularizers, Regularizer)
+ADDED: dict[str, Callable[[], Any]] = {**LOSSES, **REGULARIZERS}
+added = pytest.mark.parametrize("make", ADDED.values(), ids=ADDED.keys())
+correction = pytest.mark.parametrize("make", CORRECTIONS.values(), ids=CORRECTIONS.keys())
+every = pytest.mark.parametrize("make", [*ADDED.values(), *CORRECTIONS.values()], ids=[*ADDED, *CORRECTIONS])
+
+
+def random_inputs(seed: int = 0, rows: int = 6, width: int = 5) -> LossInputs:
+    """Everything carries a gradient, so that what must not be differentiated shows. Row 2 is fully masked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shift: float = 0.0) -> Tensor:
+        return (0.5 * torch.randn(rows, width, generator=generator) + shift).requires_grad_()
+
+    mask = torch.rand(rows, width, generator=generator) > 0.3
+    mask[2] = False
+    return LossInputs(
+        logprobs=normal(-2),
+        behavior_logprobs=normal(-2),
+        proximal_logprobs=normal(-2),
+        reference_logprobs=normal(-2),
+        entropy=normal(1),
+        advantages=normal(),
+        mask=mask,
+    )
+
+
+def mapped(inputs: LossInputs, change: Callable[[Tensor], Tensor]) -> LossInputs:
+    return LossInputs(**{f.name: change(getattr(inputs, f.name)) for f in fields(inputs)})
+
+
+def picker(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor[rows]
+
+
+def test_the_first_ones_are_there() -> None:
+    assert {"ppo-clip", "policy-gradient"} <= set(LOSSES)
+    assert {"none", "truncated-importance", "decoupled"} <= set(CORRECTIONS)
+    assert {"kl", "entropy"} <= set(REGULARIZERS)
+
+
+@every
+def test_shape_type_and_finite_metrics(make: Callable[[], Any]) -> None:
+    inputs = random_inputs()
+    out: TokenLoss = make()(inputs)
+    assert out.per_token.shape == inputs.mask.shape
+    assert out.per_token.dtype == torch.float32
+    assert out.per_token.isfinite().all()
+    assert all(math.isfinite(value) for value in reduce(out.metrics).values())
+
+
+@added
+def test_zero_where_masked_and_a_gradient_elsewhere(make: Callable[[], Any]) -> None:
+    inputs = random_inputs()
+    out: TokenLoss = make()(inputs)
+    assert (out.per_token[~inputs.mask] == 0).all()
+    assert inputs.entropy is not None
+    gradients = torch.autograd.grad(out.per_token.sum(), [inputs.logprobs, inputs.entropy], allow_unused=True)
+    given = [gradient for gradient in gradients if gradient is not None]
+    assert given, "the loss depends on neither log-probs nor entropy"
+    for gradient in given:
+        assert gradient.isfinite().all()
+        assert (gradient[~inputs.mask] == 0).all()
+    assert any((gradient != 0).any() for gradient in given)
+
+
+@correction
+def test_a_weight_is_detached_and_not_negative(make: Callable[[], Any]) -> None:
+    out: TokenLoss = make()(random_inputs())
+    assert not out.per_token.requires_grad
+    assert (out.per_token >= 0).all()
+
+
+@correction
+def test_a_weight_is_one_where_sampler_and_learner_agree(make: Callable[[], Any]) -> None:
+    inputs = random_inputs()
+    logprobs = inputs.logprobs.detach()
+    out = make()(replace(inputs, behavior_logprobs=logprobs, proximal_logprobs=logprobs))
+    torch.testing.assert_close(out.per_token, torch.ones_like(out.per_token))
+
+
+@every
+def test_rows_do_not_know_of_each_other(make: Callable[[], Any]) -> None:
+    """Micro-batches give what the whole gives, in losses and in metrics."""
+    inputs = mapped(random_inputs(1), lambda tensor: tensor.detach())
+    whole: TokenLoss = make()(inputs)
+    cuts = (torch.tensor(rows) for rows in ([0, 2], [5], [1, 3, 4]))
+    parts: list[TokenLoss] = [make()(mapped(inputs, rows_of)) for rows_of in map(picker, cuts)]
+    joined = torch.cat([part.per_token for part in parts])[[0, 3, 1, 4, 5, 2]]
+    torch.testing.assert_close(joined, whole.per_token)
+    assert reduce(merge(part.metrics for part in parts)) == pytest.approx(reduce(whole.metrics), rel=1e-5, abs=1e-6)
+
+
+@every
+def test_nothing_to_train_on(make: Callable[[], Any]) -> None:
+    inputs = random_inputs()
+    out: TokenLoss = make()(replace(inputs, mask=torch.zeros_like(inputs.mask)))
+    assert reduce(out.metrics) == {}
+    empty: TokenLoss = make()(mapped(inputs, lambda tensor: tensor[:0]))
+    assert empty.per_token.shape == (0, 5)
+
+
+@every
+@pytest.mark.parametrize("gap", [-1e3, 1e3])
+def test_extreme_log_probs_stay_finite(make: Callable[[], Any], gap: float) -> None:
+    inputs = random_inputs()
+    for name in ("logprobs", "behavior_logprobs", "proximal_logprobs", "reference_logprobs"):
+        shifted = replace(inputs, **{name: getattr(inputs, name).detach() + gap})
+        logprobs = shifted.logprobs.detach().requires_grad_()
+        out: TokenLoss = make()(replace(shifted, logprobs=logprobs))
+        assert out.per_token.isfinite().all()
+        if out.per_token.requires_grad:
+            (gradient,) = torch.autograd.grad(out.per_token.sum(), [logprobs], allow_unused=True)
+            assert gradient is None or gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("make", REGULARIZERS.values(), ids=REGULARIZERS.keys())
+def test_a_regulariser_scales_with_its_coefficient(make: Callable[..., Any]) -> None:
+    inputs = random_inputs()
+    one, two, none = (make(coefficient=c)(inputs).per_token for c in (1.0, 2.0, 0.0))
+    torch.testing.assert_close(two, 2 * one)
+    assert (none == 0).all()
