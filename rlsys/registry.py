@@ -1,8 +1,8 @@
 """Find and build parts: one file, one class, found by its `name`.
 
-A part is a dataclass whose fields are its options. A package of parts (such as `rlsys.advantages`) has a base class; every
-subclass in one of its modules that sets `name` is registered. Nothing is registered by import side effects: the package is
-scanned when a part is asked for.
+A part is a dataclass whose fields are its options. A package of parts (such as `rlsys.advantages`) has a base class;
+every subclass in one of its modules that sets `name` is registered. Nothing is registered by import side effects: the
+package is scanned when a part is asked for.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rlsys.errors import ConfigError
 
 T = TypeVar("T")
+
+# Types of options with a range, so that parts need not know how they are checked. All of them are finite.
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 def nearest(word: str, candidates: list[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlsys.advantages import AdvantageInputs, Advantages, Estimator
-from rlsys.config.models import Fraction, NonNegativeFloat
+from rlsys.registry import NonNegative, UnitInterval
 
 
 @dataclass
@@ -28,10 +28,10 @@ class GAE(Estimator):
     paper = "Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438"
     needs_values = True
 
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
+    gamma: UnitInterval = 1.0
+    lam: UnitInterval = 0.95
     whiten: bool = True
-    eps: NonNegativeFloat = 1e-8
+    eps: NonNegative = 1e-8
 
     def __call__(self, inputs: AdvantageInputs) -> Advantages:
         assert inputs.values is not None, "gae needs the critic's values"

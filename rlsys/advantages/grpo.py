@@ -8,7 +8,7 @@ import torch
 
 from rlsys.advantages import AdvantageInputs, Advantages, Estimator
 from rlsys.advantages.groups import group_statistics, to_tokens
-from rlsys.config.models import NonNegativeFloat
+from rlsys.registry import NonNegative
 
 
 @dataclass
@@ -26,7 +26,7 @@ class GRPO(Estimator):
     paper = "Shao et al. 2024, DeepSeekMath, arXiv:2402.03300"
 
     std: bool = True
-    eps: NonNegativeFloat = 1e-6
+    eps: NonNegative = 1e-6
 
     def __call__(self, inputs: AdvantageInputs) -> Advantages:
         count, mean, std = group_statistics(inputs.scores, inputs.group, inputs.scored)

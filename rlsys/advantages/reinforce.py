@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from rlsys.advantages import AdvantageInputs, Advantages, Estimator
 from rlsys.advantages.groups import to_tokens
 from rlsys.metrics import Last
+from rlsys.registry import UnitInterval
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Reinforce(Estimator):
     name = "reinforce"
     paper = "Williams 1992, Simple statistical gradient-following algorithms, doi:10.1007/BF00992696"
 
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    momentum: UnitInterval | None = None
     baseline: float | None = field(default=None, init=False)
     seen: int = field(default=0, init=False)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isnan
 
 from rlsys.algorithms.filters import GroupFilter
-from rlsys.config.models import NonNegativeFloat
+from rlsys.registry import NonNegative
 from rlsys.types import GroupInfo
 
 
@@ -23,7 +23,7 @@ class ZeroVariance(GroupFilter):
     name = "zero-variance"
     paper = "Yu et al. 2025, DAPO: An Open-Source LLM Reinforcement Learning System at Scale, arXiv:2503.14476"
 
-    tolerance: NonNegativeFloat = 0.0
+    tolerance: NonNegative = 0.0
 
     def drop_reason(self, info: GroupInfo) -> str | None:
         scores = [score for score in info.scores if not isnan(score)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlsys.config.models import PositiveInt
 from rlsys.losses import Aggregation
+from rlsys.registry import Count
 
 
 @dataclass
@@ -23,7 +23,7 @@ class SequenceMeanTokenSumNorm(Aggregation):
     name = "sequence-mean-token-sum-norm"
     paper = "Liu et al. 2025, Understanding R1-Zero-Like Training: A Critical Perspective, arXiv:2503.20783"
 
-    length: PositiveInt = 1024
+    length: Count = 1024
 
     def __call__(self, mask: Tensor) -> Tensor:
         weights = mask.float()

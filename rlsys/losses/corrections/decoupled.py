@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.config.models import PositiveFloat
 from rlsys.losses import Correction, LossInputs, TokenLoss
 from rlsys.losses.corrections.importance import importance
 from rlsys.losses.measure import token_max, token_means
+from rlsys.registry import Positive
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Decoupled(Correction):
     paper = "Hilton et al. 2021, Batch size-invariance for policy optimization, arXiv:2110.00641"
     needs_proximal = True
 
-    cap: PositiveFloat | None = None
+    cap: Positive | None = None
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         raw = importance(inputs)

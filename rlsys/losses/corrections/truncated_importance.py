@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.config.models import PositiveFloat
 from rlsys.losses import Correction, LossInputs, TokenLoss
 from rlsys.losses.corrections.importance import importance
 from rlsys.losses.measure import token_max, token_means
+from rlsys.registry import Positive
 
 
 @dataclass
@@ -25,7 +25,7 @@ class TruncatedImportance(Correction):
     paper = "Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
     needs_proximal = True
 
-    cap: PositiveFloat = 2.0
+    cap: Positive = 2.0
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         raw = importance(inputs)

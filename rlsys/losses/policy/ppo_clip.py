@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
-from rlsys.config.models import NonNegativeFloat
 from rlsys.losses import Loss, LossInputs, TokenLoss
 from rlsys.losses.measure import token_max, token_means
+from rlsys.registry import AboveOne, NonNegative, UnitInterval
 
 
 @dataclass
@@ -30,9 +28,9 @@ class PPOClip(Loss):
     name = "ppo-clip"
     paper = "Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347"
 
-    low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    high: NonNegativeFloat = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    low: UnitInterval = 0.2
+    high: NonNegative = 0.2
+    dual_clip: AboveOne | None = None
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         mask, advantages = inputs.mask, inputs.advantages

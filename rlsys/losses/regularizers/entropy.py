@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.config.models import NonNegativeFloat
 from rlsys.losses import LossInputs, Regularizer, TokenLoss
 from rlsys.losses.measure import token_means
+from rlsys.registry import NonNegative
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Entropy(Regularizer):
     paper = "Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783"
     needs_entropy = True
 
-    coefficient: NonNegativeFloat = 0.001
+    coefficient: NonNegative = 0.001
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         assert inputs.entropy is not None

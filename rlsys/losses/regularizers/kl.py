@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlsys.config.models import NonNegativeFloat
 from rlsys.losses import LossInputs, Regularizer, TokenLoss
 from rlsys.losses.measure import token_means
+from rlsys.registry import NonNegative
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class KL(Regularizer):
     paper = "Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html"
     needs_reference = True
 
-    coefficient: NonNegativeFloat = 0.001
+    coefficient: NonNegative = 0.001
     estimator: Literal["k1", "k2", "k3"] = "k3"
     in_reward: bool = False
 
