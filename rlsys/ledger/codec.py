@@ -62,24 +62,29 @@ def _lists(arrays: Sequence[np.ndarray], dtype: Any, values: pa.DataType) -> pa.
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=values))
 
 
-def encode(scored: ScoredGroup) -> pa.Table:
-    """A table of `SCHEMA` with n rows. Raises DataError for prompt metadata that JSON cannot hold."""
-    prompt, rollouts, rewards = scored.prompt, scored.rollouts, scored.rewards
-    n = len(rollouts)
-    try:
-        metadata = json.dumps(dict(prompt.metadata), default=_plain)
-    except TypeError as error:
-        raise DataError(f"prompt {prompt.id}: metadata must be JSON values: {error}") from None
+def encode(groups: Sequence[ScoredGroup]) -> pa.Table:
+    """A table of `SCHEMA`, the rollouts of each group one after the other.
+
+    Raises DataError for prompt metadata that JSON cannot hold.
+    """
+    prompts = [group.prompt for group in groups]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = [reward for group in groups for reward in group.rewards]
+    counts = [len(group.rollouts) for group in groups]
+
+    def of_prompt(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
+        return pa.array([value for value, n in zip(values, counts, strict=True) for _ in range(n)], dtype)
+
     columns: list[Any] = [
-        pa.repeat(prompt.id, n),
-        pa.repeat(pa.scalar(prompt.index, pa.int64()), n),
-        pa.repeat(prompt.task, n),
-        pa.repeat(prompt.text, n),
-        _lists([prompt.token_ids] * n, np.int32, pa.int32()),
-        pa.repeat(pa.scalar(prompt.answer, pa.string()), n),
-        pa.repeat(pa.scalar(prompt.seed, pa.int64()), n),
-        pa.repeat(metadata, n),
-        pa.repeat(scored.group.generator, n),
+        of_prompt((p.id for p in prompts), pa.string()),
+        of_prompt((p.index for p in prompts), pa.int64()),
+        of_prompt((p.task for p in prompts), pa.string()),
+        of_prompt((p.text for p in prompts), pa.string()),
+        _lists([p.token_ids for p, n in zip(prompts, counts, strict=True) for _ in range(n)], np.int32, pa.int32()),
+        of_prompt((p.answer for p in prompts), pa.string()),
+        of_prompt((p.seed for p in prompts), pa.int64()),
+        of_prompt(map(_metadata, prompts), pa.string()),
+        of_prompt((g.group.generator for g in groups), pa.string()),
         pa.array([r.sample for r in rollouts], pa.int32()),
         pa.array([r.text for r in rollouts], pa.string()),
         _lists([r.token_ids for r in rollouts], np.int32, pa.int32()),
@@ -96,6 +101,13 @@ def encode(scored: ScoredGroup) -> pa.Table:
         pa.array([r.detail for r in rewards], pa.string()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _metadata(prompt: Prompt) -> str:
+    try:
+        return json.dumps(dict(prompt.metadata), default=_plain)
+    except TypeError as error:
+        raise DataError(f"prompt {prompt.id}: metadata must be JSON values: {error}") from None
 
 
 def decode(table: pa.Table) -> ScoredGroup:
@@ -137,12 +149,13 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     )
 
 
-def with_fate(table: pa.Table, fate: str, step: int) -> pa.Table:
-    """The table with the columns that are known when a group is settled."""
-    n = table.num_rows
-    columns = [*table.columns, pa.repeat(fate, n), pa.repeat(pa.scalar(step, pa.int64()), n)]
+def with_fates(tables: Sequence[pa.Table], fates: Sequence[tuple[str, int]]) -> pa.Table:
+    """All rows in one table, with the (fate, step) of each table, which are known once its group is settled."""
+    rows = [(fate, step) for table, (fate, step) in zip(tables, fates, strict=True) for _ in range(table.num_rows)]
+    whole = pa.concat_tables(tables).combine_chunks()
+    columns = [
+        *whole.columns,
+        pa.array([fate for fate, _ in rows], pa.string()),
+        pa.array([step for _, step in rows], pa.int64()),
+    ]
     return pa.Table.from_arrays(columns, schema=FATE_SCHEMA)
-
-
-def concat(tables: Iterable[pa.Table]) -> pa.Table:
-    return pa.concat_tables(list(tables)).combine_chunks()

@@ -1,6 +1,6 @@
 """The rollout store: every finished group of a run, on disk, in Parquet.
 
-    RUN/rollouts/pending/000000017.parquet   one buffered group until its fate is known, by the index of its prompt
+    RUN/rollouts/pending/000000017.parquet   buffered groups, until their fate is known
     RUN/rollouts/step-000012.parquet         what was trained at step 12, and dropped since the step before
     RUN/rollouts/after-000100.parquet        what was dropped after the last step of a process
 
@@ -10,6 +10,7 @@ Files are written aside and renamed, so that a reader never sees half of one. Wr
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rlsys.errors import RlsysError
-from rlsys.ledger.codec import concat, decode, encode, with_fate
+from rlsys.ledger.codec import decode, encode, with_fates
 from rlsys.roles import Handle, SampleRow, Scored
 from rlsys.types import ScoredGroup, group_info
 
@@ -34,15 +36,26 @@ _DICTIONARY = [
     *("reward_status", "components", "reward_detail", "fate"),
 ]
 
+# Buffered groups are soon read again or deleted.
+_FAST = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+
 
 async def _identity(value: Any) -> Any:
     return value
 
 
+@dataclass(slots=True, eq=False)
+class _File:
+    """A file of buffered groups; it goes when the last of them is settled."""
+
+    path: Path
+    groups: int
+
+
 @dataclass(slots=True)
 class _Pending:
-    path: Path
     table: pa.Table
+    file: _File
     fate: str | None = None
     step: int = -1
 
@@ -51,7 +64,8 @@ class RolloutStore:
     """`rlsys.roles.RolloutStore` in one process.
 
     `fetch` opens a handle of a ScoredGroup, `put` makes one (Ray: await the reference, `ray.put`; in one process both
-    hand the value on). A group stays in memory until it is settled, which the staleness bound limits.
+    hand the value on). A group stays in memory until it is settled, which the staleness bound limits. Groups that are
+    finished while a file is being written go into the next one together.
     """
 
     def __init__(
@@ -65,44 +79,61 @@ class RolloutStore:
         self._put = put
         self._pending_dir = directory / "pending"
         self._pending_dir.mkdir(parents=True, exist_ok=True)
+        self._numbers = itertools.count(1 + max((int(p.stem) for p in self._pending_files()), default=-1))
         self._pending: dict[str, _Pending] = {}
+        self._unwritten: list[tuple[ScoredGroup, asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-store")
         self._last: tuple[int, pa.Table | None] = (-1, None)  # newest step and what it trained
         self._step = 0  # newest step settled by this process
 
     async def buffered(self, group: Handle) -> None:
-        """Write a scored group, so that it outlives this process."""
+        """Return when the scored group is in a file, so that it outlives this process."""
         scored = await self._fetch(group)
-        path = self._pending_dir / f"{scored.prompt.index:09d}.parquet"
-        table = await self._run(_write_pending, scored, path)
-        self._pending[scored.prompt.id] = _Pending(path, table)
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unwritten.append((scored, written))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_pending())
+        await written
 
     async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
         """Record the fate of buffered groups. "trained" closes the file of `step`; dropped ones wait for that."""
         for prompt_id in prompt_ids:
-            pending = self._find(prompt_id)
+            if prompt_id not in self._pending:
+                raise RlsysError(f"rollout store {self.directory}: {prompt_id} is settled, but was never buffered")
+            pending = self._pending[prompt_id]
             pending.fate, pending.step = fate, step
         if fate == "trained":
             self._step = step
-            trained = await self._close_file(self.directory / f"step-{step:06d}.parquet", "trained")
-            self._last = (step, trained)
+            final = await self._close_file(self.directory / f"step-{step:06d}.parquet")
+            self._last = (step, final)
 
     async def discard(self, prompt_ids: Sequence[str]) -> None:
         """Forget buffered groups: they will be sampled again, or are in a final file already."""
-        await self._run(_unlink, [self._pending.pop(prompt_id).path for prompt_id in prompt_ids])
+        files = {id(file): file for file in (self._pending.pop(prompt_id).file for prompt_id in prompt_ids)}
+        for file in files.values():  # written anew without them, so that no later process finds them
+            kept = {prompt_id: p for prompt_id, p in self._pending.items() if p.file is file}
+            if kept:
+                new = _File(self._next_path(), len(kept))
+                await self._run(_write, pa.concat_tables([p.table for p in kept.values()]), new.path)
+                for pending in kept.values():
+                    pending.file = new
+            await self._run(_unlink, [file.path])
 
     async def load_buffered(self) -> Mapping[str, Scored]:
         """Groups that an earlier process left buffered, by prompt id. A file that cannot be read is passed over."""
         found: dict[str, Scored] = {}
-        for path in sorted(self._pending_dir.glob("*.parquet")):
+        for path in self._pending_files():
             try:
-                table = await self._run(pq.read_table, path)
-                scored = await self._run(decode, table)
+                tables = await self._run(_read_pending, path)
+                groups = {prompt_id: await self._run(decode, table) for prompt_id, table in tables.items()}
             except (OSError, pa.ArrowException, RlsysError) as error:
-                logger.warning("passing over the buffered group in %s, which cannot be read: %s", path, error)
+                logger.warning("passing over the buffered groups in %s, which cannot be read: %s", path, error)
                 continue
-            self._pending[scored.prompt.id] = _Pending(path, table)
-            found[scored.prompt.id] = Scored(group_info(scored.group, scored.rewards), await self._put(scored))
+            file = _File(path, len(tables))
+            for prompt_id, scored in groups.items():
+                self._pending[prompt_id] = _Pending(tables[prompt_id], file)
+                found[prompt_id] = Scored(group_info(scored.group, scored.rewards), await self._put(scored))
         return found
 
     async def roll_back(self, version: int) -> None:
@@ -120,50 +151,94 @@ class RolloutStore:
 
     async def close(self) -> None:
         """Write the groups that were dropped after the last step, and end the thread."""
-        await self._close_file(self.directory / f"after-{self._step:06d}.parquet", "")
+        if self._writing is not None:
+            await self._writing
+        await self._close_file(self.directory / f"after-{self._step:06d}.parquet")
         self._thread.shutdown(wait=True)
 
-    def _find(self, prompt_id: str) -> _Pending:
-        if prompt_id not in self._pending:
-            raise RlsysError(f"rollout store {self.directory}: {prompt_id} is settled, but was never buffered")
-        return self._pending[prompt_id]
+    async def _write_pending(self) -> None:
+        """Write whatever has been finished, until there is no more."""
+        while self._unwritten:
+            groups, self._unwritten = self._unwritten, []
+            file = _File(self._next_path(), len(groups))
+            try:
+                tables = await self._run(_encode_and_write, [scored for scored, _ in groups], file.path)
+            except (OSError, pa.ArrowException, RlsysError) as error:
+                for _, written in groups:
+                    if not written.done():
+                        written.set_exception(_store_error(file.path, error))
+                continue
+            for (scored, written), table in zip(groups, tables, strict=True):
+                self._pending[scored.prompt.id] = _Pending(table, file)
+                if not written.done():
+                    written.set_result(None)
+        self._writing = None
 
-    async def _close_file(self, path: Path, wanted: str) -> pa.Table | None:
-        """Move every group whose fate is known into `path`; returns the rows whose fate is `wanted`."""
+    def _next_path(self) -> Path:
+        return self._pending_dir / f"{next(self._numbers):09d}.parquet"
+
+    def _pending_files(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self._pending_dir.glob("*.parquet"))
+
+    async def _close_file(self, path: Path) -> pa.Table | None:
+        """Move every group whose fate is known into `path`; returns its rows."""
         done = [self._pending.pop(prompt_id) for prompt_id, p in list(self._pending.items()) if p.fate is not None]
         if not done:
             return None
-        return await self._run(_write_final, done, path, wanted)
+        empty = []
+        for pending in done:
+            pending.file.groups -= 1
+            if not pending.file.groups:
+                empty.append(pending.file.path)
+        return await self._run(_write_final, done, path, empty)
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
+def _store_error(path: Path, error: Exception) -> RlsysError:
+    return error if isinstance(error, RlsysError) else RlsysError(f"rollout store: {path} cannot be written: {error}")
+
+
 def _is_after(path: Path, version: int) -> bool:
     kind, _, number = path.stem.partition("-")
-    return number.isdecimal() and (
-        (kind == "step" and int(number) > version) or (kind == "after" and int(number) >= version)
-    )
+    if not number.isdecimal():
+        return False
+    return (kind == "step" and int(number) > version) or (kind == "after" and int(number) >= version)
 
 
 def _write(table: pa.Table, path: Path, **options: Any) -> None:
     aside = path.with_suffix(".tmp")
-    pq.write_table(table, aside, **options)
+    pq.write_table(table, aside, **(options or _FAST))
     aside.rename(path)
 
 
-def _write_pending(scored: ScoredGroup, path: Path) -> pa.Table:
-    table = encode(scored)
-    _write(table, path, compression="NONE", use_dictionary=False, write_statistics=False)
+def _encode_and_write(groups: Sequence[ScoredGroup], path: Path) -> list[pa.Table]:
+    """One file of all groups; returns the rows of each."""
+    table = encode(groups)
+    _write(table, path)
+    starts = itertools.accumulate((len(group.rollouts) for group in groups), initial=0)
+    return [table.slice(start, len(group.rollouts)) for start, group in zip(starts, groups, strict=False)]
+
+
+def _read_pending(path: Path) -> dict[str, pa.Table]:
+    """The rows of each prompt in a file of buffered groups."""
+    table = pq.read_table(path)
+    ids = table.column("prompt_id").to_pylist()
+    tables, start = {}, 0
+    for prompt_id, rows in itertools.groupby(ids):
+        n = len(list(rows))
+        tables[prompt_id] = table.slice(start, n)
+        start += n
+    return tables
+
+
+def _write_final(done: Sequence[_Pending], path: Path, empty: Sequence[Path]) -> pa.Table:
+    table = with_fates([p.table for p in done], [(p.fate or "", p.step) for p in done])
+    _write(table, path, compression="zstd", use_dictionary=_DICTIONARY)
+    _unlink(empty)
     return table
-
-
-def _write_final(done: Sequence[_Pending], path: Path, wanted: str) -> pa.Table | None:
-    tables = [with_fate(p.table, p.fate or "", p.step) for p in done]
-    _write(concat(tables), path, compression="zstd", use_dictionary=_DICTIONARY)
-    _unlink([p.path for p in done])
-    kept = [table for table, p in zip(tables, done, strict=True) if p.fate == wanted]
-    return pa.concat_tables(kept) if kept else None
 
 
 def _unlink(paths: Sequence[Path]) -> None:
@@ -172,6 +247,7 @@ def _unlink(paths: Sequence[Path]) -> None:
 
 
 def _samples(table: pa.Table, step: int, limit: int) -> list[SampleRow]:
+    table = table.filter(pc.equal(table.column("fate"), "trained"))
     columns = ["prompt_id", "sample", "prompt", "text", "answer", "score", "version_spans", "finish_reason"]
     first_rows = [row for row in table.select(columns).to_pylist() if row["sample"] == 0]
     stride = max(1, math.ceil(len(first_rows) / limit))

@@ -19,7 +19,10 @@ LEDGER_FILE = "ledger.sqlite"
 ROLLOUTS_DIR = "rollouts"
 
 _JSON_COLUMNS = ("lengths", "scores")
-_SHOWN = ("sample", "text", "finish_reason", "score", "reward_status", "reward_detail", "version_spans", "components")
+_SHOWN = (
+    "prompt", "answer", "sample", "text", "finish_reason", "score", "reward_status", "reward_detail", "version_spans",
+    "components",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ def _rollouts(directory: Path, prompt: dict[str, Any]) -> list[dict[str, Any]]:
     if prompt["step"] is not None:
         files = [directory / f"step-{prompt['step']:06d}.parquet"]
     else:
-        files = [directory / "pending" / f"{prompt['idx']:09d}.parquet", *sorted(directory.glob("*.parquet"))]
+        files = [*sorted((directory / "pending").glob("*.parquet"), reverse=True), *sorted(directory.glob("*.parquet"))]
     for path in files:
         if path.is_file():
             table = pq.read_table(path, columns=list(_SHOWN), filters=[("prompt_id", "=", prompt["id"])])

@@ -82,10 +82,11 @@ class _Mortal:
 
     async def living(self, work: Awaitable[Any]) -> Any:
         """The result of the work, unless the worker is killed or stalls first."""
-        self.check()
         call = asyncio.ensure_future(work)
         self._calls.add(call)
         try:
+            if self._dead is not None:
+                call.cancel()
             result = await call
             if self.stalled:
                 await asyncio.Future()  # until the caller gives up
@@ -275,7 +276,7 @@ class SimLearner(_Mortal):
         return self.version
 
 
-@dataclass(slots=True)
+@dataclass
 class MemoryStore:
     """A rollout store that only counts."""
 

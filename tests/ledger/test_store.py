@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def assert_same(a: ScoredGroup, b: ScoredGroup) -> None:
 @given(group=groups())
 def test_a_group_survives_the_file(tmp_path_factory: pytest.TempPathFactory, group: ScoredGroup) -> None:
     path = tmp_path_factory.mktemp("codec") / "group.parquet"
-    pq.write_table(encode(group), path)
+    pq.write_table(encode([group]), path)
     assert_same(decode(pq.read_table(path)), group)
 
 
@@ -118,7 +119,7 @@ def names(directory: Path) -> list[str]:
 def test_metadata_that_json_cannot_hold_names_the_prompt() -> None:
     prompt = Prompt("p9", 9, np.array([7], np.int32), "", "", None, 0, {"what": object(), "fine": np.float32(1)})
     with pytest.raises(DataError, match="prompt p9: metadata"):
-        encode(ScoredGroup(RolloutGroup(prompt, (), "g"), ()))
+        encode([ScoredGroup(RolloutGroup(prompt, (), "g"), ())])
 
 
 async def test_settled_groups_move_to_the_file_of_their_step(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ async def test_settled_groups_move_to_the_file_of_their_step(tmp_path: Path) -> 
         ("p2", "trained", 1),
         ("p3", "dropped: zero variance", 0),
     }
-    assert names(tmp_path / "pending") == ["000000001.parquet", "000000004.parquet"]
+    assert names(tmp_path / "pending") == ["000000001.parquet", "000000004.parquet"]  # nothing else is in these
     samples = await store.samples(1, limit=1)
     assert [(s.prompt_id, s.response, s.score, s.versions) for s in samples] == [("p0", "0/0", 1.0, "0-1")]
     assert len(await store.samples(1, limit=9)) == 2  # never a dropped one
@@ -165,3 +166,28 @@ async def test_a_later_process_finds_what_was_buffered(tmp_path: Path) -> None:
     await after.roll_back(2)
     assert names(tmp_path) == ["step-000001.parquet", "step-000002.parquet"]
     assert names(tmp_path / "pending") == ["000000009.parquet"]
+
+
+async def test_groups_finished_together_share_a_file(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    await asyncio.gather(*(store.buffered(simple(index)) for index in range(6)))
+    files = names(tmp_path / "pending")
+    assert len(files) < 6
+    await store.settled(["p0", "p5"], "trained", 1)
+    assert {row["prompt_id"] for row in pq.read_table(tmp_path / "step-000001.parquet").to_pylist()} == {"p0", "p5"}
+    later = RolloutStore(tmp_path)
+    found = await later.load_buffered()
+    assert {"p1", "p2", "p3", "p4"} <= set(found)
+    assert_same(found["p3"].payload, simple(3))
+    await later.discard(sorted(set(found) - {"p3"}))
+    last = RolloutStore(tmp_path)
+    assert list(await last.load_buffered()) == ["p3"]
+    await last.settled(["p3"], "trained", 2)
+    assert names(tmp_path / "pending") == []
+
+
+async def test_a_failure_to_write_reaches_the_caller(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    (tmp_path / "pending").rmdir()
+    with pytest.raises(RlsysError, match="cannot be written"):
+        await store.buffered(simple(0))
