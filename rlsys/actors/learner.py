@@ -93,10 +93,10 @@ class RayLearner:
         return replace(weights, payload=refs[0][1])
 
     async def save(self, directory: Path) -> None:
-        await self._all([actor.save.remote(directory.absolute()) for actor in self.actors])
+        await self._all([actor.save.remote(_absolute(directory)) for actor in self.actors])
 
     async def load(self, directory: Path) -> int:
-        versions = await self._all([actor.load.remote(directory.absolute()) for actor in self.actors])
+        versions = await self._all([actor.load.remote(_absolute(directory)) for actor in self.actors])
         return int(versions[0])
 
     async def close(self) -> None:
@@ -121,6 +121,11 @@ class RayLearner:
         finally:
             for task in tasks:
                 task.cancel()
+
+
+def _absolute(directory: Path) -> Path:
+    """A rank may have another working directory."""
+    return directory.absolute()
 
 
 async def _value(worker: str, ref: Any) -> Any:

@@ -29,8 +29,8 @@ def deepspeed_config(learner: LearnerConfig, dtype: torch.dtype, elements: int) 
         )
     if learner.offload and learner.zero_stage < 2:
         raise ConfigError(f"learner.offload: needs learner.zero_stage 2 or 3, not {learner.zero_stage}")
-    # buffers of this size are allocated at once, so not larger than the model
-    bucket = min(elements, 200_000_000)
+    # buffers of this size are allocated at once, so not larger than the model; DeepSpeed wants a multiple of 2
+    bucket = min(elements + elements % 2, 200_000_000)
     zero: dict[str, Any] = {
         "stage": learner.zero_stage,
         "reduce_bucket_size": bucket,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from rlsys.batches import collate
 from rlsys.config.models import Config, CriticConfig
+from rlsys.errors import NonFiniteError
 from rlsys.learner import checkpoint, distributed
 from rlsys.learner.core import Learner, Objective
 from rlsys.metrics import Metric, Metrics, Sum, merge
@@ -116,20 +117,25 @@ class LearnerRank:
         Raises NonFiniteError when an update is refused and `learner.non_finite` is `stop`.
         """
         started = time.perf_counter()
-        batch = collate(groups, reference)
-        needs = self._algorithm.needs
-        values = self.learner.values(batch) if needs.values else None
-        proximal = self.learner.logprobs(batch) if needs.proximal else None
-        prompt_ids = [group.prompt.id for group in groups for _ in group.rollouts]
-        scored = time.perf_counter()
-        train_batches, metrics = self._algorithm.train_batches(batch, prompt_ids, values, proximal)
+        try:
+            train_batches, metrics = self._prepare(groups, reference)
+        except NonFiniteError as error:  # on every rank alike
+            if self.learner.config.learner.non_finite == "stop":
+                raise
+            log.warning("learner step %d: %s", self.version, error)
+            self.learner.version += 1
+            return StepReport(self.version, {}, 0, time.perf_counter() - started, skipped=str(error))
+        prepared = time.perf_counter()
         parts: list[Metrics] = [metrics]
         reasons: list[str] = []
         updates = 0
         for _ in range(self._algorithm.epochs):
             for train_batch in train_batches:
                 update, refused = self.learner.update(
-                    train_batch, self._algorithm.objective, entropy=needs.entropy, fresh=updates == 0
+                    train_batch,
+                    self._algorithm.objective,
+                    entropy=self._algorithm.needs.entropy,
+                    fresh=updates == 0,
                 )
                 parts.append(update)
                 updates += 1
@@ -138,7 +144,7 @@ class LearnerRank:
                     log.warning("%s", refused)
         self.learner.version += 1
         ended = time.perf_counter()
-        parts.append({"learner/score_seconds": Sum(scored - started), "learner/update_seconds": Sum(ended - scored)})
+        parts.append({"learner/prepare_s": Sum(prepared - started), "learner/update_s": Sum(ended - prepared)})
         skipped = None
         if len(reasons) == updates:
             skipped = reasons[0] if reasons else "no rollout of the batch has a token to train on"
@@ -149,6 +155,16 @@ class LearnerRank:
             seconds=ended - started,
             skipped=skipped,
         )
+
+    def _prepare(
+        self, groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarray]] | None
+    ) -> tuple[list[TrainBatch], dict[str, Metric]]:
+        batch = collate(groups, reference)
+        needs = self._algorithm.needs
+        values = self.learner.values(batch) if needs.values else None
+        proximal = self.learner.logprobs(batch) if needs.proximal else None
+        prompt_ids = [group.prompt.id for group in groups for _ in group.rollouts]
+        return self._algorithm.train_batches(batch, prompt_ids, values, proximal)
 
     def publish(self) -> PublishedWeights | None:
         """The current weights as one block of bytes (uint8 array), with a probe; None on ranks other than 0."""

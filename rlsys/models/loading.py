@@ -65,10 +65,12 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     something to its logits after the output projection (soft-capping, scaling), which chunked scoring would leave out.
     """
     import torch
+    import transformers
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(path, tokenizer=False)
+    transformers.utils.logging.disable_progress_bar()  # the console belongs to the caller
     try:
         config = AutoConfig.from_pretrained(str(path))
         without_dropout(config)

@@ -1,7 +1,7 @@
 """Log-probabilities, entropies and values of response tokens, without ever holding the logits of a whole batch.
 
-Shapes: B rows (prompt then response, padded on the right), L their padded length, T the longest response, N all response
-tokens of the rows in row order, H hidden size, V vocabulary.
+Shapes: B rows (prompt then response, padded on the right), L their padded length, T the longest response, N all
+response tokens of the rows in row order, H hidden size, V vocabulary.
 
 Two ways to feed the rows to the backbone, with equal results:
 

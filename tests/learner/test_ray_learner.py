@@ -1,0 +1,140 @@
+"""The learner group over Ray: two ranks with a critic, from scored groups to published weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rlsys.actors.learner import start_learner
+from rlsys.config.models import Config
+from rlsys.errors import DataError, NonFiniteError, WorkerDied
+from rlsys.roles import TrainItem
+from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+def config(**changes: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": "unused"},
+            "prompts": {"train": {"kind": "sums"}},
+            "rewards": {"functions": [{"name": "sums", "kind": "sums"}]},
+            "algorithm": {"preset": "ppo", "epochs": 2, "minibatches": 2, "regularize": [{"name": "kl"}]},
+            "learner": {
+                "ranks": 2,
+                "zero_stage": 2,
+                "threads": 1,
+                "micro_batch_tokens": 64,
+                "optimizer": {"learning_rate": 1e-3},
+            },
+        }
+        | changes
+    )
+
+
+def group(index: int, seed: int, behavior: float = -4.6) -> ScoredGroup:
+    rng = np.random.default_rng(seed)
+    prompt = Prompt(f"sums/{index}@0", index, rng.integers(2, 90, 5).astype(np.int32), "?", "sums", "1", seed)
+    rollouts, rewards = [], []
+    for sample in range(4):
+        length = int(rng.integers(2, 12))
+        rollouts.append(
+            Rollout(
+                prompt.id,
+                sample,
+                rng.integers(2, 90, length).astype(np.int32),
+                np.ones(length, dtype=bool),
+                np.full(length, behavior, dtype=np.float32),
+                (VersionSpan(0, 0, length),),
+                "stop",
+                "",
+            )
+        )
+        rewards.append(Reward("ok", float(sample % 2)))
+    return ScoredGroup(RolloutGroup(prompt, tuple(rollouts), "generator-0"), tuple(rewards))
+
+
+def items(*groups: ScoredGroup) -> list[TrainItem]:
+    def item(scored: ScoredGroup) -> TrainItem:
+        reference = tuple(np.full(len(r.token_ids), -4.7, dtype=np.float32) for r in scored.rollouts)
+        return TrainItem(group_info(scored.group, scored.rewards), ray.put(scored), ray.put(reference))
+
+    return [item(scored) for scored in groups]
+
+
+async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from rlsys.weights.publish import unpack, verify
+
+    learner = await start_learner(config(), tiny_model)
+    try:
+        first = await learner.publish()
+        assert first.version == 0
+        batch = [group(i, seed=i) for i in range(4)]
+        report = await learner.step(items(*batch))
+        assert report.version == 1
+        assert report.skipped is None
+        assert report.tokens == sum(len(r.token_ids) for g in batch for r in g.rollouts)
+        metrics = {name: metric.value() for name, metric in report.metrics.items()}
+        assert metrics["learner/skipped_updates"] == 0
+        assert metrics["learner/tokens"] == 2 * report.tokens  # two epochs
+        assert {"learner/loss", "learner/grad_norm", "critic/loss", "learner/sampler_difference"} <= metrics.keys()
+
+        weights = await learner.publish()
+        assert weights.version == 1
+        payload = await weights.payload
+        verify(payload, weights.manifest)
+        tensors = {name: tensor.clone() for name, tensor in unpack(payload, weights.manifest).items()}
+        old = unpack(await first.payload, first.manifest)
+        assert any(not np.array_equal(tensors[name], old[name]) for name in tensors)
+        assert weights.probe.logprobs != first.probe.logprobs
+
+        await learner.save(tmp_path / "checkpoint")
+        saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "hf").named_parameters())
+        assert saved.keys() == tensors.keys()
+        for name in saved:
+            np.testing.assert_array_equal(saved[name].detach(), tensors[name])
+
+        await learner.step(items(group(9, seed=9)))
+        assert (await learner.publish()).probe != weights.probe
+        assert await learner.load(tmp_path / "checkpoint") == 1
+        assert (await learner.publish()).probe == weights.probe
+
+        with pytest.raises(NonFiniteError, match="sums/7@0#"):
+            await learner.step(items(group(6, seed=1), group(7, seed=2, behavior=float("nan"))))
+        pid = await learner.actors[1].__ray_call__.remote(lambda actor: os.getpid())
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied) as caught:
+            async with asyncio.timeout(60):
+                await learner.step(items(group(6, seed=1)))
+        assert caught.value.worker == "learner-1"
+    finally:
+        await learner.close()
+
+
+async def test_a_model_that_does_not_load(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder"):
+        await start_learner(config(learner={"ranks": 1}), tmp_path / "nothing")

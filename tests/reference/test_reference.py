@@ -1,0 +1,117 @@
+"""The reference server against transformers' own full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlsys.config.models import Config
+from rlsys.errors import DataError
+from rlsys.reference.server import ReferenceServer
+from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan
+
+TEMPERATURE = 0.6
+
+
+def config(**reference: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": "unused"},
+            "prompts": {"train": {"kind": "sums"}},
+            "rewards": {"functions": [{"name": "sums", "kind": "sums"}]},
+            "rollout": {"temperature": TEMPERATURE},
+            "reference": reference,
+        }
+    )
+
+
+def group(seed: int) -> ScoredGroup:
+    rng = np.random.default_rng(seed)
+    prompt = Prompt("p/0@0", 0, rng.integers(2, 90, 6).astype(np.int32), "?", "sums", "1", seed)
+    rollouts = tuple(
+        Rollout(
+            prompt.id,
+            sample,
+            rng.integers(2, 90, length).astype(np.int32),
+            np.ones(length, dtype=bool),
+            np.zeros(length, dtype=np.float32),
+            (VersionSpan(0, 0, length),),
+            "stop",
+            "",
+        )
+        for sample, length in enumerate([9, 1, 14, 5])
+    )
+    return ScoredGroup(RolloutGroup(prompt, rollouts, "generator-0"), tuple(Reward("ok", 1.0) for _ in rollouts))
+
+
+def direct(model_path: Path, scored: ScoredGroup) -> list[np.ndarray]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    out = []
+    for rollout in scored.rollouts:
+        ids = torch.tensor(np.concatenate([scored.prompt.token_ids, rollout.token_ids]).astype(np.int64))
+        with torch.no_grad():
+            log_softmax = (model(input_ids=ids[None]).logits[0] / TEMPERATURE).log_softmax(-1)
+        p = len(scored.prompt.token_ids)
+        out.append(log_softmax[p - 1 : -1].gather(1, ids[p:, None])[:, 0].numpy())
+    return out
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_equal_to_direct_computation(tiny_model: Path, budget: int) -> None:
+    scored = group(seed=3)
+    got = ReferenceServer(config(micro_batch_tokens=budget), tiny_model).logprobs(scored)
+    for array, wanted, rollout in zip(got, direct(tiny_model, scored), scored.rollouts, strict=True):
+        assert array.dtype == np.float32
+        assert array.shape == rollout.token_ids.shape
+        np.testing.assert_allclose(array, wanted, atol=1e-5)
+
+
+def test_a_group_has_the_same_bits_whatever_was_scored_before(tiny_model: Path) -> None:
+    server = ReferenceServer(config(), tiny_model)
+    alone = server.logprobs(group(seed=3))
+    server.logprobs(group(seed=4))
+    for one, other in zip(server.logprobs(group(seed=3)), alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_its_own_path_comes_first(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder"):
+        ReferenceServer(config(path=str(tmp_path / "other")), tiny_model)
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_over_ray(tiny_model: Path, tmp_path: Path) -> None:
+    import ray
+
+    from rlsys.actors.reference import start_reference
+    from rlsys.errors import WorkerDied
+
+    with pytest.raises(DataError, match="no folder"):
+        await start_reference(config(), tmp_path / "nothing")
+    reference = await start_reference(config(), tiny_model)
+    scored = group(seed=5)
+    handle = await reference.logprobs(ray.put(scored))
+    for array, wanted in zip(await handle, direct(tiny_model, scored), strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-5)
+    ray.kill(reference.actor)
+    with pytest.raises(WorkerDied, match="reference"):
+        await reference.logprobs(ray.put(scored))
