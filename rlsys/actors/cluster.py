@@ -20,7 +20,7 @@ from rlsys.actors.reference import start_reference
 from rlsys.actors.rewards import start_rewarder
 from rlsys.algorithms.compose import Algorithm
 from rlsys.config.models import Config
-from rlsys.ledger.store import ParquetStore
+from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles
 
 CLOSE_TIMEOUT_S = 20.0
@@ -49,6 +49,11 @@ async def fetch(handle: Any) -> Any:
     return await handle if isinstance(handle, ray.ObjectRef) else handle
 
 
+async def put(value: Any) -> Any:
+    """A handle of a value."""
+    return ray.put(value)
+
+
 @asynccontextmanager
 async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncIterator[Roles]:
     """All roles of a run, started side by side; closed, and the private cluster ended, on the way out.
@@ -68,24 +73,27 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         return await keep(start_generator(name, config, model_path))
 
     async def spawn_rewarder(name: str) -> Any:
-        return await keep(start_rewarder(name, config))
+        return await keep(start_rewarder(name, config.rewards))
 
     try:
-        async with asyncio.TaskGroup() as group:
+        try:
+            async with asyncio.TaskGroup() as group:
 
-            def begin(starting: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-                return group.create_task(starting)
+                def begin(starting: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+                    return group.create_task(starting)
 
-            learner = begin(keep(start_learner(config, model_path)))
-            generators = [begin(spawn_generator(f"generator-{i}")) for i in range(config.rollout.generators)]
-            rewarders = [begin(spawn_rewarder(f"rewarder-{i}")) for i in range(config.rewards.workers)]
-            reference = begin(keep(start_reference(config, model_path))) if needs.reference else None
+                learner = begin(keep(start_learner(config, model_path)))
+                generators = [begin(spawn_generator(f"generator-{i}")) for i in range(config.rollout.generators)]
+                rewarders = [begin(spawn_rewarder(f"rewarder-{i}")) for i in range(config.rewards.workers)]
+                reference = begin(keep(start_reference(config, model_path))) if needs.reference else None
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from None
         yield Roles(
             generators=[task.result() for task in generators],
             rewarders=[task.result() for task in rewarders],
             learner=learner.result(),
             reference=reference.result() if reference else None,
-            store=ParquetStore(run_dir, fetch),
+            store=RolloutStore(run_dir / "rollouts", fetch, put),
             spawn_generator=spawn_generator,
             spawn_rewarder=spawn_rewarder,
         )
@@ -93,3 +101,8 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await asyncio.gather(*(role.close() for role in started), return_exceptions=True)
         ray.shutdown()
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
