@@ -24,6 +24,7 @@ _DRIVER_GIB = 0.4
 _RAY_GIB = 0.6  # Ray's own processes, the object store aside
 _OPTIMIZER_BYTES = 8  # AdamW: two float32 moments of each parameter
 _MASTER_BYTES = 4  # the float32 copy of a bfloat16 parameter
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 _ACTIVATION_FACTOR = 20  # floats kept per token, layer and hidden unit for the backward pass
 
 
@@ -263,6 +264,11 @@ def _choices(config: Config) -> list[str]:
             f"{config.prompts.train.kind}: set model.tiny.warm_start.steps to 0, or give a model.path"
         )
     if not gpu:
+        if model.tiny is not None and model.tiny.head_dim not in _CPU_HEAD_SIZES:
+            problems.append(
+                f"model.tiny.head_dim ({model.tiny.head_dim}) must be one that vLLM has on a CPU: "
+                f"{', '.join(map(str, _CPU_HEAD_SIZES))}"
+            )
         if config.weights.engine == "nccl":
             problems.append("weights.engine: nccl needs profile: gpu; on profile cpu use object_store")
         if config.rollout.engine.tensor_parallel > 1:

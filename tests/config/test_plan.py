@@ -114,6 +114,7 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
         (["--model.path=somewhere"], {}, r"model\.path or model\.tiny: both are given"),
         (["--model.tiny=null"], {}, r"model\.path or model\.tiny: neither is given"),
         (["--prompts.train={kind: jsonl, path: a}"], {}, r"warm_start fits the model to worked sums, but .* jsonl"),
+        (["--model.tiny.head_dim=16"], {}, r"model\.tiny\.head_dim \(16\) must be one that vLLM has on a CPU: 32, 64"),
         (["--model.tiny.heads=3"], {}, r"model\.tiny\.heads \(3\) must be a multiple"),
         (["--profile=gpu", "--rollout.generators=2"], {}, r"profile gpu: 3 GPUs are needed .* this machine has 0"),
         (["--prompts.eval=null", "--eval.every=5"], {}, r"eval\.every is 5, but prompts\.eval is null"),
