@@ -23,8 +23,6 @@ import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
-import numpy  # noqa: F401  (samples carry arrays: imported while the worker starts, not with the first of them)
-
 from rlsys.errors import RewardSetupError
 from rlsys.rewards import RewardFunction, Sample
 from rlsys.rewards.calls import Call

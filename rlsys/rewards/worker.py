@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -359,7 +360,7 @@ def _samples(group: RolloutGroup) -> list[Sample]:
             response=rollout.text,
             answer=prompt.answer,
             metadata=prompt.metadata,
-            token_ids=rollout.token_ids,
+            token_ids=array("i", rollout.token_ids.tolist()),
             truncated=rollout.status == "truncated",
             task=prompt.task,
             prompt_id=prompt.id,

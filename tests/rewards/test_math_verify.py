@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rlsys.config.models import RewardsConfig
@@ -22,7 +22,7 @@ def prepared():
 
 
 def score(response: str, answer: str | None, **options) -> float:
-    tokens = np.zeros(0, dtype=np.int32)
+    tokens = array("i")
     sample = Sample("?", response, answer, {}, tokens, truncated=False, task="math", prompt_id="math/0@0", sample=0)
     return MathVerify(**options).score(sample)
 
@@ -139,6 +139,7 @@ def test_a_missing_reference_is_an_error():
         score("#### 1", None)
 
 
+@pytest.mark.slow  # imports the library in two processes
 async def test_in_a_worker_an_endless_comparison_is_a_timeout(group, start_worker):
     """The library would call it "not equal" after its own time-out."""
     functions = [{"name": "math", "kind": "math_verify"}]

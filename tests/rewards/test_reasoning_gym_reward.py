@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
+
 import pytest
 
 from rlsys.rewards import Sample
@@ -20,7 +21,7 @@ def create(dataset: str, **parameters):
 def score(response: str, metadata, **options) -> float:
     function = ReasoningGym(**options)
     function.prepare()
-    tokens = np.zeros(0, dtype=np.int32)
+    tokens = array("i")
     return function.score(Sample("?", response, "?", metadata, tokens, False, "rg", "rg/0@0", 0))
 
 
