@@ -18,30 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.models import Config
-
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LEARNER = "learner"
 FORMAT = 1
-
-# What may differ between a run and its continuation: none of it changes what is computed.
-_FREE = {
-    "run": {"name", "dir", "steps", "resume"},
-    "eval": True,
-    "checkpoint": True,
-    "trackers": True,
-    "resources": True,
-    "weights": {"timeout_s"},
-    "learner": {"step_timeout_s", "threads"},
-}
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of the part of the config that a resumed run has to share with its checkpoint."""
-    canonical = json.dumps(config.model_dump(mode="json", exclude=_FREE), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

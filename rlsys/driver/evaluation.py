@@ -3,42 +3,86 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlsys.driver.progress import Recorder
 from rlsys.driver.waiting import within
+from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import GeneratorPool, Request, RewarderPool, WorkFailed
 from rlsys.errors import EngineError
+from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Sampling
 from rlsys.types import GroupInfo, Prompt
 
+logger = logging.getLogger(__name__)
+
 
 class Evaluator:
-    """Samples and scores a list of prompts.
-
-    `accuracy` is the mean score of the scored rollouts. Rollouts whose reward failed, and prompts that could not be
-    sampled or scored at all, are counted and take no part in it.
-    """
+    """Samples and scores held-out prompts; results go to the tracker and, under a key, to the ledger's facts."""
 
     def __init__(
-        self, generators: GeneratorPool, rewarders: RewarderPool, sampling: Sampling, timeout_s: float
+        self,
+        generators: GeneratorPool,
+        rewarders: RewarderPool,
+        weights: WeightRollout,
+        recorder: Recorder,
+        ledger: Ledger,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        timeout_s: float,
     ) -> None:
         self._generators = generators
         self._rewarders = rewarders
+        self._weights = weights
+        self._recorder = recorder
+        self._ledger = ledger
+        self._prompts = list(prompts)
         self._sampling = sampling
         self._timeout_s = timeout_s
+        self._running = False
 
-    async def run(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        """accuracy (absent when nothing was scored), prompts, rollouts, unscored, failed, length_mean, truncated,
-        min_version, max_version. Raises EngineError past the deadline."""
+    def result(self, key: str) -> dict[str, Any] | None:
+        """`{"step": 0, "accuracy": 0.25, ...}`, see `summarize`; None when there is none yet."""
+        result: dict[str, Any] | None = self._ledger.recall(f"eval.{key}")
+        return result
+
+    async def once(self, key: str, step: int) -> None:
+        """All prompts, unless this has been done at this step before. Raises EngineError past the deadline."""
+        done = self.result(key)
+        if self._prompts and (done is None or done["step"] != step):
+            await self._run(key, step, self._prompts)
+
+    async def meanwhile(self, step: int, most: int | None) -> None:
+        """The first prompts (None: all), while training goes on; one that is too slow is reported and left out."""
+        if self._running:
+            logger.warning("no evaluation at step %d: the one before is still running", step)
+            return
+        self._running = True
+        try:
+            await self._run("last", step, self._prompts[:most])
+        except EngineError as error:
+            logger.warning("%s", error)
+            self._ledger.note("evaluation failed", step=step, cause=str(error))
+        finally:
+            self._running = False
+
+    async def _run(self, key: str, step: int, prompts: Sequence[Prompt]) -> None:
+        await self._weights.reached(step)
         late = EngineError(
             f"the evaluation at step {step} did not end within eval.timeout_s={self._timeout_s:g} s: "
             "raise it, or evaluate fewer prompts (eval.prompts, eval.every_prompts)"
         )
-        return await within(self._timeout_s, self._run(prompts), late)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        result = await within(self._timeout_s, self._evaluate(prompts), late)
+        self._recorder.event(f"evaluation at {step}", started, loop.time(), "evaluation")
+        self._recorder.tracker.log_eval(step, result)
+        self._ledger.remember(f"eval.{key}", {"step": step, **result})
 
-    async def _run(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+    async def _evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         generating = self._generators.submit([Request(prompt, self._sampling) for prompt in prompts])
         results = await asyncio.gather(*(self._score(future) for future in generating))
         return summarize([info for info in results if info is not None], failed=results.count(None))
@@ -48,12 +92,19 @@ class Evaluator:
             generated, _ = await generating
             [scoring] = self._rewarders.submit([generated.payload])
             scored, _ = await scoring
-        except WorkFailed:
-            return None  # reported by the pool; counted as failed
-        return scored.info
+        except WorkFailed as error:
+            logger.warning("a prompt of the evaluation is left out: %s", error)
+            return None
+        info: GroupInfo = scored.info
+        return info
 
 
 def summarize(infos: Sequence[GroupInfo], failed: int) -> dict[str, float]:
+    """Figures of one evaluation.
+
+    `accuracy` is the mean score of the scored rollouts, absent when there is none. Rollouts whose reward failed
+    (`unscored`), and prompts that could not be sampled or scored at all (`failed`), are counted and take no part in it.
+    """
     scores = [score for info in infos for score in info.scores]
     scored = [score for score in scores if not math.isnan(score)]
     lengths = [length for info in infos for length in info.lengths]

@@ -1,7 +1,7 @@
 """The driver: prompts go round, weights come back.
 
     prompt source ──> admit ──> produce (one coroutine per prompt in flight) ──> buffer ──> consume ──> weights
-                        ^          generate > score > filter > reference > store               |          |
+                        ^          generate > score > store > filter > reference               |          |
                         |                                                                      |          v
                         +───────────────── gate <── every generator has pulled version v <── roll-out <── publish
 
@@ -26,29 +26,28 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Coroutine, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from rlsys.config.identity import config_hash
 from rlsys.config.models import Config
-from rlsys.driver.buffer import Entry, GroupBuffer
-from rlsys.driver.checkpoints import Checkpoints, Manifest, config_hash
+from rlsys.driver import options
+from rlsys.driver.buffer import GroupBuffer
+from rlsys.driver.checkpoints import Checkpoints, Manifest
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.gate import StalenessGate
 from rlsys.driver.progress import Recorder, Totals
 from rlsys.driver.recovery import recover
 from rlsys.driver.waiting import Bell, within
 from rlsys.driver.weights import WeightRollout
-from rlsys.driver.workers import GeneratorPool, PoolEvents, PoolOptions, Request, RewarderPool, WorkFailed
+from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPool, WorkFailed
 from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, WorkerDied
 from rlsys.ledger.ledger import Ledger
-from rlsys.roles import Roles, Sampling, Scored, Tracker, TrainItem
+from rlsys.roles import Roles, Scored, StepReport, Tracker, TrainItem
 from rlsys.types import GroupInfo, Prompt
 
 logger = logging.getLogger(__name__)
 
-STORE_TIMEOUT_S = 120.0
-REWARD_MARGIN_S = 30.0  # on top of the reward workers' own time limits
 FRUITLESS_BATCHES = 100  # dropped groups in a row, in batches, without a step: then nothing is left to learn from
 
 T = TypeVar("T")
@@ -66,18 +65,11 @@ class GroupFilter(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What the buffer holds of a group."""
-
-    item: TrainItem
-    info: GroupInfo
-
-
 class Driver:
-    """Runs the whole loop over the given roles. Does not close them: whoever made the roles does.
+    """Runs the whole loop over the given roles.
 
-    `roles.generators` and `roles.rewarders` are kept up to date when workers are restarted.
+    Closes neither roles, store nor ledger: whoever made them does. `roles.generators` and `roles.rewarders` are kept up
+    to date when workers are restarted.
     """
 
     def __init__(
@@ -96,31 +88,48 @@ class Driver:
         self.ledger = ledger
         self.prompts = prompts
         self.tracker = tracker
-        self.eval_prompts = list(eval_prompts)
-        self.filters = list(filters)
+        self.eval_prompts = eval_prompts
+        self.filters = filters
         self.batch = config.driver.prompts_per_step
         self.bound = config.driver.max_staleness
         self.steps = config.run.steps
         self.step = 0  # batches consumed, which is also the learner's version
+        self.gate = StalenessGate(self.batch, self.bound)
+        self.buffer: GroupBuffer[TrainItem] = GroupBuffer(self.batch, self.bound)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
-        self._sampling = Sampling(
-            n=config.rollout.samples_per_prompt,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            stop=config.rollout.stop,
-            ignore_eos=config.rollout.ignore_eos,
+        self.bell = Bell(options.patience(config), self._state)
+        events = PoolEvents(self.bell.ring, self._assigned, self._failed, self._lost, self._restarted)
+        self.recorder = Recorder(tracker)
+        self.generators = GeneratorPool(
+            options.generator_options(config, events),
+            roles.generators,
+            roles.spawn_generator,
+            self._spawn,
+            config.weights.timeout_s,
+            self.recorder.updated,
         )
+        self.rewarders = RewarderPool(
+            options.rewarder_options(config, events), roles.rewarders, roles.spawn_rewarder, self._spawn
+        )
+        self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
+        self.evaluator = Evaluator(
+            *(self.generators, self.rewarders, self.weights, self.recorder, ledger, eval_prompts),
+            options.evaluation_sampling(config),
+            config.eval.timeout_s,
+        )
+        self._sampling = options.training_sampling(config)
+        self._in_flight: dict[str, Prompt] = {}
+        self._redraw: deque[int] = deque()  # indices to be drawn again, before new ones
+        self._next_index = 0
         self._stops = 0
         self._held = False  # S = 0: no new prompts during an evaluation or a checkpoint
         self._fruitless = 0
-        self._saved = -1  # version of the newest checkpoint of this process
+        self._saved = -1  # version of the newest checkpoint
         self._position = 0  # of the ledger, at the end of the newest step
         self._main: asyncio.Task[Any] | None = None
+        self._tasks: asyncio.TaskGroup
         self._background: set[asyncio.Task[None]] = set()
-
-    # ---- from outside ----
+        self._writing: set[asyncio.Task[None]] = set()
 
     async def run(self) -> dict[str, Any]:
         """Train until the last step or `stop()`; returns the summary, which the tracker has been given, too.
@@ -129,9 +138,9 @@ class Driver:
         """
         self._main = asyncio.current_task()
         summary: dict[str, Any] = {}
+        self.recorder.begin()
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                self._assemble()
                 try:
                     await self._start()
                     admission = self._spawn(self.admit())
@@ -139,10 +148,7 @@ class Driver:
                     admission.cancel()
                     await self._finish()
                 finally:
-                    self.generators.close()
-                    self.rewarders.close()
-                    for task in list(self._background):
-                        task.cancel()
+                    self._end()
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
@@ -177,14 +183,13 @@ class Driver:
 
     async def produce(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
         """One prompt from its samples to the buffer, or to the reason why it is dropped."""
-        info: GroupInfo | None = None
         try:
             generated, _ = await generating
         except WorkFailed as error:
-            return await self._drop(prompt, f"generation failed: {error}", info)
+            return await self._drop(prompt, f"generation failed: {error}")
         finally:
             self.recorder.sampling(-1)
-        info = generated.info
+        info: GroupInfo = generated.info
         self.recorder.generated(info)
         self.ledger.sampled(info)
         [scoring] = self.rewarders.submit([generated.payload])
@@ -197,36 +202,21 @@ class Driver:
         await self._buffer(prompt, scored)
 
     async def consume(self) -> None:
-        """Train on one batch after the other."""
-        while self.step < self.steps and not self._stops:
-            batch = await self._take()
-            if batch:
-                await self._train(batch)
-
-    async def _train(self, batch: list[Entry[Done]]) -> None:
-        started = self._now()
-        infos = [entry.item.info for entry in batch]
-        report = await self._learner(self.roles.learner.step([entry.item.item for entry in batch]), "take a step")
-        if report.version != self.step + 1:
-            raise LearnerError(f"the learner made version {report.version}, expected {self.step + 1}")
-        self.step = report.version
-        self.recorder.event(f"step {self.step}", started, self._now(), "learner")
-        fate = self._settle(infos, report.skipped)
-        self._position = self.ledger.position
-        self._fruitless = 0
-        self.recorder.step(report, infos, self.buffer.under_way, self.buffer.finished)
-        self._spawn(self._to_disk([info.prompt_id for info in infos], fate, self.step))
-        evaluate, save = self._due(self.config.eval.every), self._due(self.config.checkpoint.every)
-        self._held = self.bound == 0 and (evaluate or save)  # before the gate can open
-        await self._publish()
-        if evaluate:
-            evaluation = self._spawn(self._evaluate_now())
-            if self._held:
-                await self._unless_stopped(evaluation)
-        if save:
-            await self._checkpoint()
-        self._held = False
-        self.bell.ring()
+        """Train on one batch after the other. The roll-out of the new weights goes on behind it."""
+        while self.step < self.steps and (items := await self._take()) is not None:
+            await self._train(items)
+            due = self.config.eval.every, self.config.checkpoint.every
+            evaluate, save = (every > 0 and self.step % every == 0 and self.step < self.steps for every in due)
+            self._held = self.bound == 0 and (evaluate or save)  # before the gate can open
+            await self._publish()
+            if evaluate:
+                evaluation = self._spawn(self.evaluator.meanwhile(self.step, self.config.eval.every_prompts))
+                if self._held:
+                    await self._unless_stopped(evaluation)
+            if save:
+                await self._checkpoint()
+            self._held = False
+            self.bell.ring()
 
     # ---- parts of producing ----
 
@@ -255,7 +245,7 @@ class Driver:
             reference = await within(seconds, self.roles.reference.logprobs(scored.payload), late)
         self.ledger.buffered(info)
         del self._in_flight[prompt.id]
-        self.buffer.finish(prompt.index, info.min_version, Done(TrainItem(info, scored.payload, reference), info))
+        self.buffer.finish(prompt.index, info.min_version, TrainItem(info, scored.payload, reference))
         self.bell.ring()
 
     def _reject(self, info: GroupInfo) -> str | None:
@@ -265,7 +255,7 @@ class Driver:
             return "no response tokens"
         return next((reason for f in self.filters if (reason := f.drop_reason(info))), None)
 
-    async def _drop(self, prompt: Prompt, reason: str, info: GroupInfo | None, on_disk: bool = False) -> None:
+    async def _drop(self, prompt: Prompt, reason: str, info: GroupInfo | None = None, on_disk: bool = False) -> None:
         """Record why a group under way is given up, and free its slot."""
         self.ledger.dropped(prompt.id, reason, self.step)
         del self._in_flight[prompt.id]
@@ -284,17 +274,16 @@ class Driver:
 
     # ---- parts of consuming ----
 
-    async def _take(self) -> list[Entry[Done]]:
-        """The next batch; none when the run is stopped first."""
-        started = self._now()
-        while True:
+    async def _take(self) -> list[TrainItem] | None:
+        """The next batch; None when the run is stopped first."""
+        started = self.recorder.now()
+        while not self._stops:
             await self._expire()
-            if self._stops:
-                return []
             if self.buffer.ready(self.step):
-                self.recorder.waited(self._now() - started)
-                return self.buffer.take(self.step)
+                self.recorder.waited(self.recorder.now() - started)
+                return [entry.item for entry in self.buffer.take(self.step)]
             await self.bell.until(lambda: self._stops > 0 or self.buffer.ready(self.step), "a full batch")
+        return None
 
     async def _expire(self) -> None:
         """The hard bound on staleness: admission keeps groups from getting here; one that does is dropped and shown."""
@@ -307,71 +296,53 @@ class Driver:
             self.bell.ring()
             await self._store(self.roles.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
 
-    def _settle(self, infos: Sequence[GroupInfo], skipped: str | None) -> str:
+    async def _train(self, items: Sequence[TrainItem]) -> None:
+        started = self.recorder.now()
+        report = await self._learner(self.roles.learner.step(items), "take a step")
+        if report.version != self.step + 1:
+            raise LearnerError(f"the learner made version {report.version}, expected {self.step + 1}")
+        self.step = report.version
+        self._fruitless = 0
+        infos = [item.info for item in items]
+        fate = self._settle(infos, report)
+        self._position = self.ledger.position
+        self.recorder.event(f"step {self.step}", started, self.recorder.now(), "learner")
+        self.recorder.step(report, infos, self.buffer.under_way, self.buffer.finished)
+        writing = self._spawn(self._to_disk([info.prompt_id for info in infos], fate, self.step))
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+
+    def _settle(self, infos: Sequence[GroupInfo], report: StepReport) -> str:
         """Fates of a batch. A skipped step has used its prompts up, but trained on none of them."""
-        if skipped is None:
-            self.ledger.trained([info.prompt_id for info in infos], self.step)
+        if report.skipped is None:
+            self.ledger.trained([info.prompt_id for info in infos], report.version)
             return "trained"
         for info in infos:
-            self.ledger.dropped(info.prompt_id, f"step skipped: {skipped}", self.step)
-        return f"dropped: step skipped: {skipped}"
+            self.ledger.dropped(info.prompt_id, f"step skipped: {report.skipped}", self.step)
+        return f"dropped: step skipped: {report.skipped}"
 
     async def _to_disk(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
-        wandb = self.config.trackers.wandb
+        every, rows = self.config.trackers.wandb.table_every, self.config.trackers.wandb.table_rows
         await self._store(self.roles.store.settled(prompt_ids, fate, step))
-        if wandb.table_every and step % wandb.table_every == 0:
-            rows = await self._store(self.roles.store.samples(step, wandb.table_rows))
-            if rows:
-                self.tracker.log_samples(step, rows)
+        if every and step % every == 0 and (samples := await self._store(self.roles.store.samples(step, rows))):
+            self.tracker.log_samples(step, samples)
 
     async def _publish(self) -> None:
-        started = self._now()
+        started = self.recorder.now()
         weights = await self._learner(self.roles.learner.publish(), "publish its weights")
         self.recorder.published(weights)
-        self.recorder.event(f"publish {weights.version}", started, self._now(), "learner")
+        self.recorder.event(f"publish {weights.version}", started, self.recorder.now(), "learner")
         self.weights.publish(weights)
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0 and self.step < self.steps
-
-    # ---- evaluation and checkpoints ----
-
-    async def _evaluate_now(self) -> None:
-        """An evaluation while training; one that is too slow is reported and left out."""
-        if self._evaluating:
-            logger.warning("no evaluation at step %d: the one before is still running", self.step)
-            return
-        self._evaluating = True
-        try:
-            prompts = self.eval_prompts[: self.config.eval.every_prompts]
-            self.ledger.remember("eval.last", await self._evaluate(prompts, self.step))
-        except EngineError as error:
-            logger.warning("%s", error)
-            self.ledger.note("evaluation failed", step=self.step, cause=str(error))
-        finally:
-            self._evaluating = False
-
-    async def _evaluate_once(self, key: str, step: int) -> None:
-        result = await self._evaluate(self.eval_prompts, step)
-        self.ledger.remember(key, result)
-
-    async def _evaluate(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        await self.weights.reached(step)
-        started = self._now()
-        result = await self.evaluator.run(prompts, step)
-        self.recorder.event(f"evaluation at {step}", started, self._now(), "evaluation")
-        self.tracker.log_eval(step, result)
-        return {"step": step, **result}
 
     async def _checkpoint(self) -> None:
         """Save the learner, and where everything else stands. Production goes on meanwhile."""
-        started = self._now()
+        started = self.recorder.now()
         directory = await asyncio.to_thread(self.checkpoints.begin, self.step)
         manifest = Manifest(
             version=self.step,
             position=self._position,
             next_index=self._next_index,
-            buffered=[done.info.prompt_id for done in self.buffer.waiting()],
+            buffered=[item.info.prompt_id for item in self.buffer.waiting()],
             seed=self.config.run.seed,
             config=config_hash(self.config),
             totals=self.recorder.snapshot(),
@@ -380,38 +351,38 @@ class Driver:
         await self.ledger.flush()
         await asyncio.to_thread(self.checkpoints.commit, manifest)
         self._saved = self.step
-        self.recorder.event(f"checkpoint {self.step}", started, self._now(), "learner")
+        self.recorder.event(f"checkpoint {self.step}", started, self.recorder.now(), "learner")
         self.ledger.note("checkpoint", version=self.step)
 
     # ---- start and end ----
 
     async def _start(self) -> None:
-        config = self.config
+        """From the newest checkpoint, or from nothing, to generators that have the learner's weights."""
         checkpoint = await asyncio.to_thread(self.checkpoints.newest)
-        if config.run.resume == "never" and (checkpoint is not None or self.ledger.position):
+        if self.config.run.resume == "never" and (checkpoint is not None or self.ledger.position):
             raise RunDirError("run.resume is never, but the run directory has been used: choose another run.dir")
         if checkpoint is not None:
-            if checkpoint.manifest.config != config_hash(config):
-                raise RunDirError(
-                    f"{checkpoint.path} was made with another config: go on with its own, or choose another run.dir"
-                )
+            manifest = checkpoint.manifest
+            if manifest.config != config_hash(self.config):
+                raise RunDirError(f"{checkpoint.path} was made with another config: choose another run.dir")
             version = await self._learner(self.roles.learner.load(checkpoint.learner), f"load {checkpoint.path}")
-            if version != checkpoint.manifest.version:
-                raise LearnerError(f"{checkpoint.path} holds version {version}, expected {checkpoint.manifest.version}")
+            if version != manifest.version:
+                raise LearnerError(f"{checkpoint.path} holds version {version}, expected {manifest.version}")
+            self._saved = version
+            self.recorder.resume(Totals(**manifest.totals))
+            self.tracker.resumed(version)
         plan = await recover(checkpoint, self.ledger, self.roles.store, self.batch, self.bound)
         self.step = plan.version
         self._position = self.ledger.position
         self._redraw, self._next_index = deque(plan.redraw), plan.next_index
         self.gate = StalenessGate(self.batch, self.bound, self.steps * self.batch, self.step, self.step * self.batch)
-        if checkpoint is not None:
-            self._saved = self.step
-            self.recorder.resume(Totals(**checkpoint.manifest.totals))
-            self.tracker.resumed(self.step)
+        self.generators.open()
+        self.rewarders.open()
         self._spawn(self.weights.run())
         await self._publish()
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))
-        if self.step == 0 and config.eval.before and self.eval_prompts and self.ledger.recall("eval.before") is None:
-            await self._unless_stopped(self._spawn(self._evaluate_once("eval.before", 0)))
+        if self.step == 0 and self.config.eval.before:
+            await self._unless_stopped(self._spawn(self.evaluator.once("before", 0)))
         self.gate.start(len(plan.reuse))
         for scored in plan.reuse:
             prompt = self.prompts.draw(scored.info.index)
@@ -419,77 +390,31 @@ class Driver:
             self._in_flight[prompt.id] = prompt
             self._spawn(self._buffer(prompt, scored))
 
-    def _assemble(self) -> None:
-        """The parts that need the running event loop."""
-        config = self.config
-        self.bell = Bell(self._patience(), self._state)
-        self.recorder = Recorder(self.tracker, self._now)
-        self.gate = StalenessGate(self.batch, self.bound)
-        self.buffer: GroupBuffer[Done] = GroupBuffer(self.batch, self.bound)
-        self._in_flight: dict[str, Prompt] = {}
-        self._evaluating = False
-        events = PoolEvents(self.bell.ring, self._assigned, self._failed, self._lost, self._restarted)
-        n = config.rollout.samples_per_prompt
-        # Twice what an engine runs at once keeps it busy and leaves the rest for whoever is free first. With S = 0 a
-        # batch is handed over whole.
-        capacity = None if self.bound == 0 else 2 * max(1, config.rollout.engine.max_num_seqs // n)
-        self.generators = GeneratorPool(
-            PoolOptions(
-                "generator",
-                config.rollout.stall_timeout_s,
-                config.rollout.start_timeout_s,
-                config.rollout.attempts,
-                capacity,
-                events,
-            ),
-            self.roles.generators,
-            self.roles.spawn_generator,
-            self._spawn,
-            config.weights.timeout_s,
-            self.recorder.updated,
-        )
-        # A worker may call every function on every rollout of a group one after the other.
-        longest = n * len(config.rewards.functions) * config.rewards.timeout_s + REWARD_MARGIN_S
-        self.rewarders = RewarderPool(
-            PoolOptions("rewarder", longest, config.rewards.start_timeout_s, config.rollout.attempts, None, events),
-            self.roles.rewarders,
-            self.roles.spawn_rewarder,
-            self._spawn,
-        )
-        self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
-        sampling = Sampling(
-            n=config.eval.samples_per_prompt,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.eval.temperature,
-            stop=config.rollout.stop,
-            ignore_eos=config.rollout.ignore_eos,
-        )
-        self.evaluator = Evaluator(self.generators, self.rewarders, sampling, config.eval.timeout_s)
-
     async def _finish(self) -> None:
         """Checkpoint first, so that nothing that can still fail costs the run its end."""
         if self._saved != self.step:
             await self._checkpoint()
-        done = self.ledger.recall("eval.after")
-        evaluated = done is not None and done["step"] == self.step
-        if not self._stops and self.config.eval.after and self.eval_prompts and not evaluated:
-            await self._unless_stopped(self._spawn(self._evaluate_once("eval.after", self.step)))
-        while writing := [task for task in self._background if task.get_name() == "_to_disk"]:
-            await within(STORE_TIMEOUT_S, asyncio.wait(writing), EngineError("the rollout store did not finish"))
+        if self.config.eval.after:
+            await self._unless_stopped(self._spawn(self.evaluator.once("after", self.step)))
+        while self._writing:
+            late = EngineError(f"the rollout store did not finish in {options.STORE_TIMEOUT_S:g} s")
+            await within(options.STORE_TIMEOUT_S, asyncio.wait(self._writing), late)
+
+    def _end(self) -> None:
+        self.generators.close()
+        self.rewarders.close()
+        for task in list(self._background):
+            task.cancel()
 
     def _summary(self) -> dict[str, Any]:
-        evaluations = {name: self.ledger.recall(f"eval.{name}") for name in ("before", "after")}
-        fates = self.ledger.fates()
+        evaluations = {key: self.evaluator.result(key) for key in ("before", "after")}
         versions = {"learner": self.step, "generators": dict(sorted(self.generators.versions.items()))}
-        return self.recorder.summary(evaluations, self.step, fates, versions)
+        return self.recorder.summary(evaluations, self.step, self.ledger.fates(), versions)
 
     # ---- small things ----
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._tasks.create_task(work, name=work.__name__)
+        task = self._tasks.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
@@ -497,14 +422,12 @@ class Driver:
     async def _unless_stopped(self, task: asyncio.Task[None]) -> None:
         """Wait for the task; give it up when the run is stopped."""
         task.add_done_callback(lambda _: self.bell.ring())
-        await self.bell.until(lambda: task.done() or self._stops > 0, task.get_name())
+        await self.bell.until(lambda: task.done() or self._stops > 0, "what is being waited for")
         task.cancel()
 
     async def _learner(self, call: Awaitable[T], what: str) -> T:
         seconds = self.config.learner.step_timeout_s
-        late = LearnerError(
-            f"the learner did not {what} within learner.step_timeout_s={seconds:g} s (step {self.step})"
-        )
+        late = LearnerError(f"step {self.step}: the learner did not {what} within learner.step_timeout_s={seconds:g} s")
         try:
             return await within(seconds, call, late)
         except WorkerDied as error:
@@ -513,9 +436,8 @@ class Driver:
             ) from error
 
     async def _store(self, call: Awaitable[T]) -> T:
-        return await within(
-            STORE_TIMEOUT_S, call, EngineError(f"the rollout store did not answer in {STORE_TIMEOUT_S} s")
-        )
+        late = EngineError(f"the rollout store did not answer in {options.STORE_TIMEOUT_S:g} s")
+        return await within(options.STORE_TIMEOUT_S, call, late)
 
     def _rolled_out(self, version: int) -> None:
         self.gate.advance(version)
@@ -538,13 +460,6 @@ class Driver:
         logger.info("%s is back", worker)
         self.ledger.note("worker restarted", worker=worker)
         self.weights.report()
-
-    def _patience(self) -> float:
-        """Longer than everything that may happen in a row without ringing the bell."""
-        c = self.config
-        updates = c.weights.timeout_s * (c.rollout.generators + 1)
-        starts = 2 * max(c.rollout.start_timeout_s, c.rewards.start_timeout_s) + c.rollout.stall_timeout_s
-        return 3 * c.learner.step_timeout_s + c.eval.timeout_s + updates + starts + STORE_TIMEOUT_S
 
     def _state(self) -> str:
         return (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,12 +55,11 @@ class Recorder:
     and the learner's own. All clocks are the event loop's.
     """
 
-    def __init__(self, tracker: Tracker, clock: Callable[[], float]) -> None:
+    def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.totals = Totals()
-        self._clock = clock
-        self._started = clock()
-        self._step_started = clock()
+        self._started = 0.0
+        self._step_started = 0.0
         self._sampling = 0
         self._idle_since: float | None = None
         self._since_step: list[Mapping[str, Metric]] = []
@@ -67,10 +67,17 @@ class Recorder:
         self._gather_s: dict[int, float] = {}
         self._weights_version = -1
 
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def begin(self) -> None:
+        """The clock starts."""
+        self._started = self._step_started = self.now()
+
     def resume(self, totals: Totals) -> None:
         """Go on counting from a checkpoint."""
         self.totals = totals
-        self._started = self._clock() - totals.wall_s
+        self._started = self.now() - totals.wall_s
 
     # ---- as it happens ----
 
@@ -78,9 +85,9 @@ class Recorder:
         """So many training prompts more (or fewer) are being sampled."""
         self._sampling += change
         if self._sampling == 0:
-            self._idle_since = self._clock()
+            self._idle_since = self.now()
         elif self._idle_since is not None:
-            self._add("wait/generators_for_learner_s", Sum(self._clock() - self._idle_since))
+            self._add("wait/generators_for_learner_s", Sum(self.now() - self._idle_since))
             self._idle_since = None
 
     def generated(self, info: GroupInfo) -> None:
@@ -124,7 +131,7 @@ class Recorder:
 
     def step(self, report: StepReport, infos: Sequence[GroupInfo], under_way: int, buffered: int) -> dict[str, float]:
         """The record of the step that made `report.version`; it goes to the tracker, too."""
-        now = self._clock()
+        now = self.now()
         mean, oldest = staleness(infos, report.version - 1)
         if report.skipped is None:
             self.totals.tokens_trained += report.tokens
@@ -160,7 +167,7 @@ class Recorder:
 
     def snapshot(self) -> dict[str, Any]:
         """The totals by now, for a checkpoint."""
-        self.totals.wall_s = self._clock() - self._started
+        self.totals.wall_s = self.now() - self._started
         return asdict(self.totals)
 
     def summary(

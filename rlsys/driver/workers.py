@@ -96,10 +96,13 @@ class WorkerPool(ABC, Generic[W, J, R]):
         self._strikes: dict[str, int] = {}  # deaths and failed starts in a row
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
-        for worker in list(workers):
-            self._join(worker)
 
     # ---- for the driver ----
+
+    def open(self) -> None:
+        """Take the workers in and watch over them."""
+        for worker in list(self._list):
+            self._join(worker)
 
     @property
     def healthy(self) -> dict[str, W]:

@@ -18,7 +18,10 @@ def main() -> None:
     for on_disk in (False, True):
         cost = drive(**vars(options), on_disk=on_disk)
         where = "rollouts on disk" if on_disk else "rollouts in memory"
-        print(f"{where}: {cost.per_rollout_us:.0f} us per rollout, {cost.per_step_ms:.1f} ms per step")
+        print(
+            f"{where}: {cost.per_rollout_us:.0f} us per rollout ({cost.cpu_per_rollout_us:.0f} us of CPU time), "
+            f"{cost.per_step_ms:.1f} ms per step"
+        )
 
 
 if __name__ == "__main__":

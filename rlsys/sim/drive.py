@@ -138,12 +138,13 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Wall time of the whole loop, divided by the rollouts that went through."""
+    """Time of the whole loop, divided by the rollouts that went through. CPU time is over all threads."""
 
     rollouts: int
     seconds: float
     per_rollout_us: float
     per_step_ms: float
+    cpu_per_rollout_us: float
 
 
 def drive(
@@ -159,13 +160,13 @@ def drive(
     )
     timing = Timing((tokens, tokens), None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
-    async def main(directory: Path) -> float:
+    async def main(directory: Path) -> tuple[float, float]:
         simulation = Simulation(config, directory, timing, store=None if on_disk else MemoryStore())
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         await simulation.run()
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - cpu
 
     with tempfile.TemporaryDirectory() as directory:
-        seconds = asyncio.run(main(Path(directory)))
+        seconds, cpu_s = asyncio.run(main(Path(directory)))
     rollouts = steps * prompts_per_step * samples
-    return Cost(rollouts, seconds, 1e6 * seconds / rollouts, 1e3 * seconds / steps)
+    return Cost(rollouts, seconds, 1e6 * seconds / rollouts, 1e3 * seconds / steps, 1e6 * cpu_s / rollouts)
