@@ -21,6 +21,7 @@ composition as well.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Awaitable, Iterator, Sequence
@@ -67,6 +68,7 @@ class VllmGenerator:
         self._gone: str | None = None  # why the engine is of no use any more
         self._scheduling = asyncio.Lock()  # held by whoever pauses and resumes
         self._updating = asyncio.Lock()
+        self._aborting: set[asyncio.Task[None]] = set()  # the event loop keeps no reference to its tasks
         self._requests = 0
         self._tokens = 0
         self._rendezvous: Any = None
@@ -122,8 +124,13 @@ class VllmGenerator:
                 finally:
                     if idle:
                         await self._resume()
-        pairs = zip(prompts, queues, strict=True)
-        return [asyncio.create_task(self._collect(prompt, queue), name=prompt.id) for prompt, queue in pairs]
+        answers: list[Awaitable[RolloutGroup]] = []
+        for prompt, queue in zip(prompts, queues, strict=True):
+            task = asyncio.create_task(self._collect(prompt, queue), name=prompt.id)
+            # Not in the task itself: one that is cancelled before its first step never runs.
+            task.add_done_callback(functools.partial(self._abort_if_cancelled, queue.request_id))
+            answers.append(task)
+        return answers
 
     async def progress(self) -> int:
         """Tokens sampled since the start, of running requests too. Raises WorkerDied when the engine has ended."""
@@ -143,13 +150,14 @@ class VllmGenerator:
 
     async def _collect(self, prompt: Prompt, queue: RequestOutputCollector) -> RolloutGroup:
         with self._failures():
-            try:
-                output: Any = await queue.get()
-            except asyncio.CancelledError:
-                if self._gone is None:
-                    await self._running_engine().abort(queue.request_id, internal=True)
-                raise
+            output: Any = await queue.get()
         return to_group(prompt, output, self.name)
+
+    def _abort_if_cancelled(self, request_id: str, task: asyncio.Task[RolloutGroup]) -> None:
+        if task.cancelled() and self._engine is not None:
+            aborting = asyncio.create_task(self._engine.abort(request_id, internal=True))
+            self._aborting.add(aborting)
+            aborting.add_done_callback(self._aborting.discard)
 
     # ---- weights ------------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
     def receive_weights(self, update_info: UpdateInfo) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        payload = attach(update_info.path, update_info.manifest["bytes"])
+        payload = attach(update_info.path)
         try:
             verify(payload, update_info.manifest)
         except WeightUpdateError as error:

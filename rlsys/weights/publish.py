@@ -85,9 +85,9 @@ def unpack(payload: np.ndarray, manifest: Mapping[str, Any]) -> dict[str, torch.
     import torch
 
     with warnings.catch_warnings():
-        # torch has no read-only tensors and warns of a read-only buffer; nothing here writes to it.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        whole = torch.frombuffer(payload, dtype=torch.uint8)
+        # torch has no read-only tensors and warns of a read-only array; nothing here writes to it.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        whole = torch.from_numpy(payload)
     tensors: dict[str, torch.Tensor] = {}
     for entry in manifest["tensors"]:
         part = whole[entry["offset"] : entry["offset"] + entry["bytes"]]

@@ -16,21 +16,20 @@ import numpy as np
 
 @contextmanager
 def shared(payload: np.ndarray, name: str) -> Iterator[str]:
-    """Copy `payload` (uint8 [bytes]) into shared memory; yield the path at which another process can open it."""
+    """Copy `payload` (uint8 [bytes], not empty) into shared memory; yield the path at which others can open it."""
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
-        os.ftruncate(descriptor, max(payload.nbytes, 1))
-        memory = np.frombuffer(mmap.mmap(descriptor, max(payload.nbytes, 1)), dtype=np.uint8)
-        memory[: payload.nbytes] = payload
+        os.ftruncate(descriptor, payload.nbytes)
+        np.frombuffer(mmap.mmap(descriptor, payload.nbytes), dtype=np.uint8)[:] = payload
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
     finally:
         os.close(descriptor)
 
 
-def attach(path: str, size: int) -> np.ndarray:
-    """What `shared` made, mapped: uint8 [size], read-only; unmapped when the array is freed.
+def attach(path: str) -> np.ndarray:
+    """What `shared` made, mapped: uint8 [bytes], read-only; unmapped when the array is freed.
 
     Raises FileNotFoundError when the process that shared it has closed it or is gone.
     """
     with open(path, "rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), max(size, 1), access=mmap.ACCESS_READ), dtype=np.uint8)[:size]
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
