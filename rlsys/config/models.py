@@ -78,7 +78,8 @@ class SumsSource(Strict):
     task: str = "sums"
     terms: tuple[PositiveInt, PositiveInt] = Field((3, 5), description="Fewest and most terms.")
     largest: PositiveInt = Field(99, description="Largest term.")
-    seed: NonNegativeInt = Field(0, description="Which problems; use another one for held-out problems.")
+    seed: NonNegativeInt = Field(0, description="Which of the endless sequences of problems.")
+    held_out: bool = Field(False, description="Draw from the fifth of all problems that is in no other sequence.")
 
 
 class JsonlSource(Strict):

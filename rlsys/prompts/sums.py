@@ -8,6 +8,7 @@ answer    45
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,11 +26,16 @@ class Sum:
         return sum(self.terms)
 
 
-def problem(seed: int, row: int, terms: tuple[int, int], largest: int) -> Sum:
-    """Problem number `row` of the endless set number `seed`."""
+def problem(seed: int, row: int, terms: tuple[int, int], largest: int, held_out: bool = False) -> Sum:
+    """Problem number `row` of the endless set number `seed`.
+
+    One in five of all possible problems, chosen by a hash, is kept for held-out sets and is in no other.
+    """
     rng = random.Random(f"sums/{seed}/{row}")
-    count = rng.randint(*terms)
-    return Sum(tuple(rng.randint(1, largest) for _ in range(count)))
+    while True:
+        sum_ = Sum(tuple(rng.randint(1, largest) for _ in range(rng.randint(*terms))))
+        if (zlib.crc32(sum_.prompt.encode()) % 5 == 0) == held_out:
+            return sum_
 
 
 def demonstration(problem: Sum, wrong_step: float, rng: random.Random) -> str:
@@ -52,9 +58,3 @@ def demonstrations(seed: int, terms: tuple[int, int], largest: int, wrong_step: 
         sum_ = problem(-1 - seed, row, terms, largest)
         yield sum_.prompt, demonstration(sum_, wrong_step, rng)
         row += 1
-
-
-def last_number(text: str) -> int | None:
-    """The number after the last comma (the whole text when there is none); None when it is no number."""
-    tail = text.rpartition(",")[2].strip()
-    return int(tail) if tail.isdecimal() and tail.isascii() else None

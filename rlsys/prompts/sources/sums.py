@@ -15,13 +15,14 @@ class SumsRows:
     def __init__(self, config: SumsSource) -> None:
         if config.terms[0] > config.terms[1]:
             raise ConfigError(f"prompts: terms = {list(config.terms)}: the fewest terms come first")
-        # Two sets of problems must not share prompt ids.
-        self.name = "sums" if config.seed == 0 else f"sums-{config.seed}"
+        # Two sequences of problems must not share prompt ids.
+        self.name = "sums" + ("-held-out" if config.held_out else "") + (f"-{config.seed}" if config.seed else "")
         self.task = config.task
         self._config = config
 
     def row(self, i: int) -> RawPrompt:
-        sum_ = problem(self._config.seed, i, self._config.terms, self._config.largest)
+        config = self._config
+        sum_ = problem(config.seed, i, config.terms, config.largest, config.held_out)
         return RawPrompt(sum_.prompt, str(sum_.answer))
 
     def where(self, i: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlsys.prompts.sums import last_number
 from rlsys.rewards import RewardFunction, Sample
 
 
@@ -18,4 +17,10 @@ class Sums(RewardFunction):
     def score(self, sample: Sample) -> float:
         if sample.answer is None:
             raise ValueError("the prompt has no reference answer")
-        return float(last_number(sample.response) == int(sample.answer))
+        return float(total(sample.response) == int(sample.answer))
+
+
+def total(response: str) -> int | None:
+    """The number after the last comma (the whole text when there is none); None when it is no number."""
+    tail = response.rpartition(",")[2].strip()
+    return int(tail) if tail.isdecimal() and tail.isascii() else None
