@@ -56,7 +56,10 @@ def test_jsonl_settings(tmp_path):
 
 
 BAD_ROWS = [
-    ({"promt": "x", "answer": "1"}, r"no key 'prompt' \(did you mean 'promt'\?\); it has 'promt', 'answer' \(set"),
+    (
+        {"promt": "x", "answer": "1"},
+        r"no key 'prompt' \(did you mean 'promt'\?\); it has 'promt', 'answer' \(set",
+    ),
     ({"prompt": "x", "anwser": "1"}, r"no key 'answer' \(did you mean 'anwser'\?\).*\(set answer_key\)"),
     ({"prompt": "", "answer": "1"}, "'prompt' is an empty prompt"),
     ({"prompt": " \n", "answer": "1"}, "'prompt' is an empty prompt"),
@@ -66,7 +69,10 @@ BAD_ROWS = [
     ({"prompt": "x", "answer": ["1"]}, "'answer' is a list, not text or a number"),
     ({"prompt": "x", "answer": True}, "'answer' is true or false, not text or a number"),
     ({"prompt": ["hello"], "answer": "1"}, "message 1: is text, not an object"),
-    ({"prompt": [{"role": "usr", "content": "x"}], "answer": "1"}, r"message 1: 'role' is 'usr' \(did you mean 'user'"),
+    (
+        {"prompt": [{"role": "usr", "content": "x"}], "answer": "1"},
+        r"message 1: 'role' is 'usr' \(did you mean",
+    ),
     ({"prompt": [{"role": "user", "content": 1}], "answer": "1"}, "message 1: 'content' is a number, not text"),
     ({"prompt": [{"role": "user", "content": ""}], "answer": "1"}, "message 1: 'content' is empty"),
 ]
@@ -125,6 +131,7 @@ def test_bad_huggingface_data_sets(tmp_path, no_hub):
     with pytest.raises(DataError, match=r"good.jsonl split train row 0: no key 'prom' \(did you mean 'prompt'\?\)"):
         source(kind="huggingface", path=good, prompt_key="prom")
     empty = write(tmp_path / "b.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "", "answer": ""}])
+    empty = write(tmp_path / "b.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "", "answer": ""}])
     with pytest.raises(DataError, match=r"split train row 1: 'prompt' is an empty prompt"):
         source(kind="huggingface", path=empty)
     with pytest.raises(DataError, match="no/such: `datasets` cannot load it"):
@@ -142,6 +149,7 @@ def test_bad_huggingface_data_sets(tmp_path, no_hub):
 def test_reasoning_gym():
     import reasoning_gym
 
+    terms = {"min_terms": 2, "max_terms": 2}
     terms = {"min_terms": 2, "max_terms": 2}
     rows = source(kind="reasoning_gym", dataset="chain_sum", size=7, seed=3, parameters=terms)
     own = reasoning_gym.create_dataset("chain_sum", size=7, seed=3, **terms)
@@ -173,9 +181,11 @@ def test_sums():
     assert rows.row(5).answer == str(sum(terms))
     assert rows.row(5) == source(kind="sums", terms=[3, 3], largest=9).row(5)
     assert rows.row(5) != source(kind="sums", terms=[3, 3], largest=9, seed=1).row(5)
-    assert source(kind="sums", seed=1).name != rows.name
+    assert len({source(kind="sums", seed=seed, held_out=h).name for seed in (0, 1) for h in (False, True)}) == 4
     with pytest.raises(ConfigError, match="the fewest terms come first"):
         source(kind="sums", terms=[5, 3])
+    with pytest.raises(ConfigError, match="make only 14 different sums; there must be 50"):
+        source(kind="sums", terms=[1, 3], largest=2)
 
 
 def test_every_kind_of_source_can_be_opened():

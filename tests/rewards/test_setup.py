@@ -14,6 +14,7 @@ from rlsys.errors import ConfigError, RewardSetupError
 from rlsys.registry import discover
 from rlsys.rewards import RewardFunction, functions
 from rlsys.rewards.check import check
+from rlsys.rewards.functions.python import Python
 from rlsys.rewards.setup import build_functions, with_absolute_paths
 
 USER_FUNCTIONS = Path(__file__).with_name("user_functions.py")
@@ -62,7 +63,7 @@ def test_two_functions_of_one_name_are_refused():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lenght", {}, r"mine: .*user_functions.py has no 'lenght' \(did you mean 'length'\?\)"),
+        ("lenght", {}, r"user_functions.py has no 'lenght' \(did you mean 'length'\?\)"),
         ("barrier", {}, "user_functions.py:barrier is a Barrier, not a function"),
         ("Callable", {}, "user_functions.py:Callable is a class, not a function"),
         ("needs_more", {}, r"needs an argument 'answr' \(did you mean 'answer'\?\)"),
@@ -71,14 +72,16 @@ def test_two_functions_of_one_name_are_refused():
         ("length", {"response": ""}, "the option 'response' of .* is taken"),
     ],
 )
-def test_functions_that_cannot_be_called_are_refused_at_the_start(name, options, message):
+def test_functions_that_cannot_be_called_are_refused(name, options, message):
     with pytest.raises(RewardSetupError, match=message):
-        check(config(path=f"{USER_FUNCTIONS}:{name}", options=options))
+        Python(f"{USER_FUNCTIONS}:{name}", options).prepare()
 
 
-def test_a_module_that_does_not_exist_is_refused_at_the_start():
+def test_functions_that_do_not_exist_are_refused_at_the_start():
     with pytest.raises(RewardSetupError, match=r"mine: cannot be imported: ModuleNotFoundError: .*'no_such_module_x'"):
         check(config(path="no_such_module_x:f"))
+    with pytest.raises(RewardSetupError, match=r"rewards.functions: mine: .*user_functions.py has no 'lenght'"):
+        check(config(path=f"{USER_FUNCTIONS}:lenght"))
 
 
 @pytest.mark.parametrize(

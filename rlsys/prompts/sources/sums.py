@@ -7,6 +7,8 @@ from rlsys.errors import ConfigError
 from rlsys.prompts import RawPrompt
 from rlsys.prompts.sums import problem
 
+_FEWEST_PROBLEMS = 50
+
 
 class SumsRows:
     size: None = None
@@ -15,6 +17,13 @@ class SumsRows:
     def __init__(self, config: SumsSource) -> None:
         if config.terms[0] > config.terms[1]:
             raise ConfigError(f"prompts: terms = {list(config.terms)}: the fewest terms come first")
+        fewest, most = config.terms
+        problems = sum(config.largest**terms for terms in range(fewest, most + 1))
+        if problems < _FEWEST_PROBLEMS:
+            raise ConfigError(
+                f"prompts: terms = {list(config.terms)} and largest = {config.largest} make only {problems} different "
+                f"sums; there must be {_FEWEST_PROBLEMS}, so that there are some to train on and some to hold out"
+            )
         # Two sequences of problems must not share prompt ids.
         self.name = "sums" + ("-held-out" if config.held_out else "") + (f"-{config.seed}" if config.seed else "")
         self.task = config.task
