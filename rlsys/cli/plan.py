@@ -81,13 +81,17 @@ def _workers(plan: Plan) -> Table:
     table = Table(title="Workers", title_justify="left", show_footer=True)
     table.add_column("role", footer="in all, about")
     table.add_column("workers", justify="right", footer=str(sum(role.workers for role in plan.roles)))
-    table.add_column("threads each", justify="right", footer=f"of {machine.cores} cores")
+    table.add_column(
+        "threads each",
+        justify="right",
+        footer=f"{sum(role.workers * role.threads for role in plan.roles)} on {machine.cores} cores",
+    )
     if plan.gpus:
         table.add_column("GPUs each", justify="right", footer=f"{plan.gpus} of {machine.gpus}")
     total = f"{plan.memory_gib:.1f} GiB of {machine.memory_gib:.1f}"
     table.add_column("memory each", justify="right", footer=total)
     for role in plan.roles:
-        cells = [role.name, str(role.workers), "its library's choice" if role.threads is None else str(role.threads)]
+        cells = [role.name, str(role.workers), str(role.threads)]
         if plan.gpus:
             cells.append(str(role.gpus))
         table.add_row(*cells, f"{role.memory_gib:.2f} GiB")

@@ -136,8 +136,12 @@ def ensure_model(config: Config, console: ConsoleTracker) -> Path:
     if tiny is None:
         assert config.model.path is not None
         return Path(config.model.path)
+    from transformers.utils.logging import disable_progress_bar
+
     from rlsys.models.tiny import ensure_tiny_model
     from rlsys.prompts.sums import demonstrations
+
+    disable_progress_bar()  # of the writing of one small file
 
     source, warm = config.prompts.train, tiny.warm_start
     if source.kind == "sums":

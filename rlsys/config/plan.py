@@ -15,13 +15,13 @@ from rlsys.errors import ConfigError
 
 GIB = 1024**3
 
-# Memory of an idle process of each kind in GiB, private pages only, measured on the CPU profile with the tiny model.
-_GENERATOR_GIB = 1.3  # the actor and the engine process that it starts
-_LEARNER_GIB = 0.8
-_REFERENCE_GIB = 0.6
-_REWARDER_GIB = 0.3  # the worker and the process that runs the functions
-_DRIVER_GIB = 0.4
-_RAY_GIB = 0.6  # Ray's own processes, the object store aside
+# Memory of each kind of worker in GiB without model and data: proportional set size on the CPU profile, rounded up.
+_GENERATOR_GIB = 1.1  # the actor and the engine process that it starts
+_LEARNER_GIB = 0.4
+_REFERENCE_GIB = 0.4
+_REWARDER_GIB = 0.2  # the worker and the process that runs the functions
+_DRIVER_GIB = 0.4  # with W&B's service
+_RAY_GIB = 0.4  # Ray's own processes, the object store aside
 _OPTIMIZER_BYTES = 8  # AdamW: two float32 moments of each parameter
 _MASTER_BYTES = 4  # the float32 copy of a bfloat16 parameter
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
@@ -59,11 +59,11 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class RolePlan:
-    """One kind of worker. `threads` of one worker, None: its library decides. `memory_gib` of one worker."""
+    """One kind of worker; `threads`, `gpus` and `memory_gib` are those of one."""
 
     name: str
     workers: int
-    threads: int | None
+    threads: int
     gpus: int
     memory_gib: float
 
@@ -140,7 +140,7 @@ def make_plan(config: Config, facts: Facts, machine: Machine) -> Plan:
         in_flight = min(in_flight, driver.max_groups_in_flight)
     rows_per_update = math.ceil(rollouts / facts.minibatches)
     rows_per_micro_batch = max(1, learner.micro_batch_tokens // row_tokens)
-    roles = _roles(config, facts, row_tokens)
+    roles = _roles(config, facts, row_tokens, machine.cores)
     return Plan(
         prompts_per_step=prompts,
         samples_per_prompt=samples,
@@ -172,7 +172,16 @@ def make_plan(config: Config, facts: Facts, machine: Machine) -> Plan:
     )
 
 
-def _roles(config: Config, facts: Facts, row_tokens: int) -> tuple[RolePlan, ...]:
+def generator_threads(config: Config, cores: int) -> int:
+    """CPU threads of one engine: `rollout.engine.threads`, else half the cores, shared among the generators.
+
+    The other half is left to the learner. More threads than cores are not a little but many times slower: every
+    parallel loop waits for its thread that is not running.
+    """
+    return config.rollout.engine.threads or max(1, cores // 2 // config.rollout.generators)
+
+
+def _roles(config: Config, facts: Facts, row_tokens: int, cores: int) -> tuple[RolePlan, ...]:
     gpu = config.profile == "gpu"
     learner, engine = config.learner, config.rollout.engine
     width = 4 if config.model.dtype == "float32" else 2
@@ -197,29 +206,33 @@ def _roles(config: Config, facts: Facts, row_tokens: int) -> tuple[RolePlan, ...
 
     # On the GPU profile weights and their company are in device memory, which is not added up here.
     host = 0.0 if gpu else 1.0
-    cores_each = learner.threads if learner.threads or gpu else None
     roles = [
-        RolePlan("driver", 1, None, 0, _DRIVER_GIB + _RAY_GIB + config.resources.object_store_gib),
+        RolePlan("driver", 1, 1, 0, _DRIVER_GIB + _RAY_GIB + config.resources.object_store_gib),
         RolePlan(
             "generator",
             config.rollout.generators,
-            engine.threads,
+            generator_threads(config, cores),
             engine.tensor_parallel if gpu else 0,
             _GENERATOR_GIB + host * (2 * weights + engine.kv_cache_gib),
         ),
-        RolePlan("learner rank", learner.ranks, cores_each, int(gpu), _LEARNER_GIB + host * training),
+        RolePlan(
+            "learner rank",
+            learner.ranks,
+            learner.threads or max(1, cores // learner.ranks),
+            int(gpu),
+            _LEARNER_GIB + host * training,
+        ),
         RolePlan("reward worker", config.rewards.workers, 1, 0, _REWARDER_GIB),
     ]
     if facts.needs_reference:
-        threads = config.reference.threads
-        roles.append(RolePlan("reference", 1, threads, int(gpu), _REFERENCE_GIB + host * weights))
+        roles.append(RolePlan("reference", 1, config.reference.threads or 1, int(gpu), _REFERENCE_GIB + host * weights))
     return tuple(roles)
 
 
 def _arithmetic(config: Config, facts: Facts) -> list[str]:
     """Numbers that contradict each other."""
     problems = []
-    rollout, driver, learner, held_out = config.rollout, config.driver, config.learner, config.eval
+    rollout, driver, learner = config.rollout, config.driver, config.learner
     if rollout.max_new_tokens >= config.model.max_length:
         problems.append(
             f"rollout.max_new_tokens ({rollout.max_new_tokens}) leaves no room for a prompt in model.max_length "
@@ -236,13 +249,8 @@ def _arithmetic(config: Config, facts: Facts) -> list[str]:
             f"learner.ranks ({learner.ranks}) is more than the {rows} rollouts of one update (driver.prompts_per_step "
             "x rollout.samples_per_prompt / algorithm.minibatches): some ranks would have nothing to do"
         )
-    if config.prompts.eval is None and held_out.every:
-        problems.append(f"eval.every is {held_out.every}, but prompts.eval is null: there is nothing to evaluate on")
-    if held_out.every and held_out.every_prompts and held_out.every_prompts > held_out.prompts:
-        problems.append(
-            f"eval.every_prompts ({held_out.every_prompts}) is more than eval.prompts ({held_out.prompts}), of "
-            "which it takes the first"
-        )
+    if config.prompts.eval is None and config.eval.every:
+        problems.append(f"eval.every is {config.eval.every}, but prompts.eval is null: there is nothing to evaluate on")
     return problems
 
 

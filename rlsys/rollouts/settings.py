@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config.models import Config
+from rlsys.config.plan import generator_threads
 from rlsys.errors import ConfigError
 from rlsys.registry import nearest
 from rlsys.weights import nccl, vllm_plugin
@@ -19,13 +20,8 @@ _GIB = 2**30
 
 
 def threads(config: Config) -> int:
-    """CPU threads of one engine: `rollout.engine.threads`, else half the cores, shared among the generators.
-
-    The other half is left to the learner. More threads than cores are not a little but many times slower: every
-    parallel loop waits for its thread that is not running.
-    """
-    cores = config.resources.cores or len(os.sched_getaffinity(0))
-    return config.rollout.engine.threads or max(1, cores // 2 // config.rollout.generators)
+    """CPU threads of one engine, as the plan says."""
+    return generator_threads(config, config.resources.cores or len(os.sched_getaffinity(0)))
 
 
 def prepare_environment(config: Config, environment: MutableMapping[str, str]) -> None:

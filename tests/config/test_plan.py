@@ -118,11 +118,6 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
         (["--model.tiny.heads=3"], {}, r"model\.tiny\.heads \(3\) must be a multiple"),
         (["--profile=gpu", "--rollout.generators=2"], {}, r"profile gpu: 3 GPUs are needed .* this machine has 0"),
         (["--prompts.eval=null", "--eval.every=5"], {}, r"eval\.every is 5, but prompts\.eval is null"),
-        (
-            ["--eval.every_prompts=600", "--eval.every=1"],
-            {},
-            r"eval\.every_prompts \(600\) is more than eval\.prompts \(512\)",
-        ),
     ],
 )
 def test_arithmetic_that_cannot_work(config: Any, overrides: list[str], facts: dict[str, int], message: str) -> None:
