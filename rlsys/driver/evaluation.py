@@ -83,7 +83,7 @@ class Evaluator:
         self._ledger.remember(f"eval.{key}", {"step": step, **result})
 
     async def _evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        generating = self._generators.submit([Request(prompt, self._sampling) for prompt in prompts])
+        generating = self._generators.submit([Request(prompt, self._sampling, training=False) for prompt in prompts])
         results = await asyncio.gather(*(self._score(future) for future in generating))
         return summarize([info for info in results if info is not None], failed=results.count(None))
 

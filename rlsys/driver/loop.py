@@ -88,7 +88,6 @@ class Driver:
         self.ledger = ledger
         self.prompts = prompts
         self.tracker = tracker
-        self.eval_prompts = eval_prompts
         self.filters = filters
         self.batch = config.driver.prompts_per_step
         self.bound = config.driver.max_staleness
@@ -118,7 +117,6 @@ class Driver:
             config.eval.timeout_s,
         )
         self._sampling = options.training_sampling(config)
-        self._in_flight: dict[str, Prompt] = {}
         self._redraw: deque[int] = deque()  # indices to be drawn again, before new ones
         self._next_index = 0
         self._stops = 0
@@ -152,8 +150,10 @@ class Driver:
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
-            summary = self._summary()
-            self.tracker.finish(summary)
+            try:
+                summary = self._summary()
+            finally:
+                self.tracker.finish(summary)
         return summary
 
     def stop(self) -> None:
@@ -175,9 +175,8 @@ class Driver:
             for prompt in prompts:
                 self.ledger.drawn(prompt)
                 self.buffer.start(prompt.index, self.gate.version)
-                self._in_flight[prompt.id] = prompt
             self.recorder.sampling(len(prompts))
-            answers = self.generators.submit([Request(prompt, self._sampling) for prompt in prompts])
+            answers = self.generators.submit([Request(prompt, self._sampling, training=True) for prompt in prompts])
             for prompt, answer in zip(prompts, answers, strict=True):
                 self._spawn(self.produce(prompt, answer))
 
@@ -244,7 +243,6 @@ class Driver:
             late = EngineError(f"the reference did not score {prompt.id} within learner.step_timeout_s={seconds:g} s")
             reference = await within(seconds, self.roles.reference.logprobs(scored.payload), late)
         self.ledger.buffered(info)
-        del self._in_flight[prompt.id]
         self.buffer.finish(prompt.index, info.min_version, TrainItem(info, scored.payload, reference))
         self.bell.ring()
 
@@ -258,7 +256,6 @@ class Driver:
     async def _drop(self, prompt: Prompt, reason: str, info: GroupInfo | None = None, on_disk: bool = False) -> None:
         """Record why a group under way is given up, and free its slot."""
         self.ledger.dropped(prompt.id, reason, self.step)
-        del self._in_flight[prompt.id]
         self.buffer.drop(prompt.index)
         self.gate.drop()
         self._fruitless += 1
@@ -359,7 +356,8 @@ class Driver:
     async def _start(self) -> None:
         """From the newest checkpoint, or from nothing, to generators that have the learner's weights."""
         checkpoint = await asyncio.to_thread(self.checkpoints.newest)
-        if self.config.run.resume == "never" and (checkpoint is not None or self.ledger.position):
+        used = checkpoint is not None or self.ledger.position > 0
+        if used and self.config.run.resume == "never":
             raise RunDirError("run.resume is never, but the run directory has been used: choose another run.dir")
         if checkpoint is not None:
             manifest = checkpoint.manifest
@@ -370,9 +368,10 @@ class Driver:
                 raise LearnerError(f"{checkpoint.path} holds version {version}, expected {manifest.version}")
             self._saved = version
             self.recorder.resume(Totals(**manifest.totals))
-            self.tracker.resumed(version)
         plan = await recover(checkpoint, self.ledger, self.roles.store, self.batch, self.bound)
         self.step = plan.version
+        if used:
+            self.tracker.resumed(self.step)
         self._position = self.ledger.position
         self._redraw, self._next_index = deque(plan.redraw), plan.next_index
         self.gate = StalenessGate(self.batch, self.bound, self.steps * self.batch, self.step, self.step * self.batch)
@@ -383,11 +382,11 @@ class Driver:
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))
         if self.step == 0 and self.config.eval.before:
             await self._unless_stopped(self._spawn(self.evaluator.once("before", 0)))
+        self.recorder.begin_step()
         self.gate.start(len(plan.reuse))
         for scored in plan.reuse:
             prompt = self.prompts.draw(scored.info.index)
             self.buffer.start(prompt.index, scored.info.min_version)
-            self._in_flight[prompt.id] = prompt
             self._spawn(self._buffer(prompt, scored))
 
     async def _finish(self) -> None:
@@ -408,7 +407,7 @@ class Driver:
 
     def _summary(self) -> dict[str, Any]:
         evaluations = {key: self.evaluator.result(key) for key in ("before", "after")}
-        versions = {"learner": self.step, "generators": dict(sorted(self.generators.versions.items()))}
+        versions = {"learner": self.step, "generators": self.generators.versions}
         return self.recorder.summary(evaluations, self.step, self.ledger.fates(), versions)
 
     # ---- small things ----
@@ -444,11 +443,11 @@ class Driver:
         self.bell.ring()
 
     def _assigned(self, work: Any, worker: str, attempt: int) -> None:
-        if isinstance(work, Request) and work.prompt.id in self._in_flight:
+        if isinstance(work, Request) and work.training:
             self.ledger.assigned(work.prompt.id, worker, attempt)
 
     def _failed(self, work: Any, worker: str, cause: str) -> None:
-        if isinstance(work, Request) and work.prompt.id in self._in_flight:
+        if isinstance(work, Request) and work.training:
             self.ledger.failed(work.prompt.id, worker, cause)
 
     def _lost(self, worker: str, cause: str) -> None:

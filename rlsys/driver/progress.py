@@ -74,6 +74,10 @@ class Recorder:
         """The clock starts."""
         self._started = self._step_started = self.now()
 
+    def begin_step(self) -> None:
+        """The first step starts now; what came before is no part of its time."""
+        self._step_started = self.now()
+
     def resume(self, totals: Totals) -> None:
         """Go on counting from a checkpoint."""
         self.totals = totals

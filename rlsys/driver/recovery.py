@@ -62,7 +62,7 @@ async def recover(checkpoint: Checkpoint | None, ledger: Ledger, store: RolloutS
 
     for prompt_id, prompt in outstanding.items():
         if prompt.state == "buffered":
-            ledger.redrawn(prompt_id, "kept" if prompt_id in keep else f"not reusable at version {version}")
+            ledger.unbuffered(prompt_id, "reused" if prompt_id in keep else "to be drawn again")
     plan = Plan(
         version=version,
         reuse=[found[prompt_id] for prompt_id in sorted(keep, key=lambda i: outstanding[i].index)],

@@ -53,7 +53,7 @@ class WeightRollout:
         newest = self._pool.newest
         if newest is None:
             return []
-        return [name for name in sorted(self._pool.healthy) if self._pool.versions.get(name, -1) < newest.version]
+        return [name for name, version in self._pool.versions.items() if version < newest.version]
 
     async def _update(self, name: str) -> None:
         generator = self._pool.healthy.get(name)

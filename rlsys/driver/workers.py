@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -23,6 +24,8 @@ from rlsys.driver.waiting import within
 from rlsys.errors import EngineError, RlsysError, UserError, WeightUpdateError, WorkerDied, WorkerStalled
 from rlsys.roles import Generated, Generator, Handle, PublishedWeights, Rewarder, Sampling, Scored, UpdateReport
 from rlsys.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
 RESTARTS = 3  # of one worker in a row without a result, when no other is healthy, before the run is given up
@@ -162,8 +165,8 @@ class WorkerPool(ABC, Generic[W, J, R]):
     async def _prepare(self, worker: W) -> None:
         """Bring a restarted worker up to date before it gets work."""
 
-    def _left(self, name: str) -> None:
-        """A worker is gone."""
+    def _left(self, worker: W) -> None:
+        """A worker is gone for good."""
 
     # ---- work ----
 
@@ -286,7 +289,6 @@ class WorkerPool(ABC, Generic[W, J, R]):
 
     async def _restart(self, dead: W, cause: RlsysError) -> None:
         name = dead.name
-        self._left(name)
         await self._end(dead)
         while True:
             strikes = self._strikes[name]
@@ -322,15 +324,17 @@ class WorkerPool(ABC, Generic[W, J, R]):
         try:
             await within(CLOSE_TIMEOUT_S, worker.close(), late)
         except (WorkerDied, EngineError) as error:
-            self.options.events.lost(worker.name, f"while being ended: {error}")
+            logger.warning("%s could not be ended cleanly: %s", worker.name, error)
+        self._left(worker)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to be sampled."""
+    """A prompt to be sampled, for training or for an evaluation."""
 
     prompt: Prompt
     sampling: Sampling
+    training: bool
 
 
 class GeneratorPool(WorkerPool[Generator, Request, Generated]):
@@ -346,14 +350,20 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
         updated: Callable[[UpdateReport, float, float], None],
     ) -> None:
         self.newest: PublishedWeights | None = None
-        self.versions: dict[str, int] = {}
+        # By the worker itself, not by its name: what one takes that was given up meanwhile says nothing of the next.
+        self._versions: dict[Generator, int] = {}
         self._update_timeout_s = update_timeout_s
         self._updated = updated
         super().__init__(options, workers, spawn, run)
 
+    @property
+    def versions(self) -> dict[str, int]:
+        """What each healthy generator has pulled; -1: nothing yet."""
+        return {name: self._versions.get(worker, -1) for name, worker in sorted(self._healthy.items())}
+
     def rolled_out(self) -> int | None:
-        """The smallest version among the healthy generators (-1: one has none yet); None when none is healthy."""
-        return min((self.versions.get(name, -1) for name in self._healthy), default=None)
+        """The smallest version among the healthy generators; None when none is healthy."""
+        return min(self.versions.values(), default=None)
 
     async def update(self, generator: Generator, weights: PublishedWeights) -> None:
         """Have one generator take the weights. Raises WorkerDied (WorkerStalled past the deadline) or EngineError."""
@@ -369,7 +379,7 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
             self._leases.resume(generator.name, loop.time())
         if report.version != weights.version:
             raise WeightUpdateError(f"{generator.name} took version {report.version} instead of {weights.version}")
-        self.versions[generator.name] = weights.version
+        self._versions[generator] = weights.version
         self._updated(report, started, loop.time())
 
     async def _start(self, worker: Generator, work: Sequence[Request]) -> Sequence[Awaitable[Generated]]:
@@ -383,11 +393,11 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
 
     async def _prepare(self, worker: Generator) -> None:
         # Newer weights may be published during an update; joining with older ones than the others would undo the gate.
-        while self.newest is not None and self.versions.get(worker.name, -1) < self.newest.version:
+        while self.newest is not None and self._versions.get(worker, -1) < self.newest.version:
             await self.update(worker, self.newest)
 
-    def _left(self, name: str) -> None:
-        self.versions.pop(name, None)
+    def _left(self, worker: Generator) -> None:
+        self._versions.pop(worker, None)
 
 
 class RewarderPool(WorkerPool[Rewarder, Handle, Scored]):

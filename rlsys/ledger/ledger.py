@@ -8,8 +8,8 @@
        |          |                         buffered: complete and on disk, waiting for the learner
        +----------+------> dropped          trained, dropped: the two fates; a prompt has at most one
 
-The only ways back are `redrawn` (buffered -> pending) and `roll_back` (a fate later than a checkpoint is undone). Both
-the class and triggers in the file itself refuse anything else.
+The only ways back are `unbuffered` (buffered -> pending) and `roll_back` (a fate later than a checkpoint is undone).
+Both the class and triggers in the file itself refuse anything else.
 
 Calls append to a queue and return in microseconds; a thread writes what has queued up in one transaction.
 """
@@ -85,9 +85,7 @@ _BUFFER = """UPDATE prompts
              WHERE id = ?"""
 _TRAIN = "UPDATE prompts SET state = 'trained', step = ?, settled = ?, ended_at = ? WHERE id = ?"
 _DROP = "UPDATE prompts SET state = 'dropped', reason = ?, settled = ?, ended_at = ? WHERE id = ?"
-_REDRAW = (
-    "UPDATE prompts SET state = 'pending', step = NULL, reason = NULL, settled = NULL, ended_at = NULL WHERE id = ?"
-)
+_PEND = "UPDATE prompts SET state = 'pending', step = NULL, reason = NULL, settled = NULL, ended_at = NULL WHERE id = ?"
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
@@ -194,11 +192,11 @@ class Ledger:
         position = self._event(prompt_id, "dropped", reason=reason, version=version)
         self._add(_DROP, reason, position, time.time(), prompt_id)
 
-    def redrawn(self, prompt_id: str, why: str) -> None:
-        """A buffered group is given up; its prompt will be drawn again."""
+    def unbuffered(self, prompt_id: str, event: str) -> None:
+        """A group that an earlier process left buffered: `event` says what becomes of it."""
         self._move(prompt_id, "buffered", "pending")
-        self._add(_REDRAW, prompt_id)
-        self._event(prompt_id, "to be drawn again", why=why)
+        self._add(_PEND, prompt_id)
+        self._event(prompt_id, event)
 
     def note(self, event: str, **detail: Any) -> None:
         """Something that happened to the run, not to one prompt."""
@@ -264,7 +262,7 @@ class Ledger:
         rows = self._read("SELECT id FROM prompts WHERE settled > ? ORDER BY idx", position)
         for (prompt_id,) in rows:
             self._states[prompt_id] = "pending"
-            self._add(_REDRAW, prompt_id)
+            self._add(_PEND, prompt_id)
             self._event(prompt_id, "rolled back", position=position)
         self._sync()
         return len(rows)

@@ -163,7 +163,7 @@ class RolloutStore:
             file = _File(self._next_path(), len(groups))
             try:
                 tables = await self._run(_encode_and_write, [scored for scored, _ in groups], file.path)
-            except (OSError, pa.ArrowException, RlsysError) as error:
+            except Exception as error:  # whatever it is, it belongs to those who wait for the file
                 for _, written in groups:
                     if not written.done():
                         written.set_exception(_store_error(file.path, error))
@@ -197,8 +197,10 @@ class RolloutStore:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def _store_error(path: Path, error: Exception) -> RlsysError:
-    return error if isinstance(error, RlsysError) else RlsysError(f"rollout store: {path} cannot be written: {error}")
+def _store_error(path: Path, error: Exception) -> Exception:
+    if isinstance(error, OSError | pa.ArrowException):
+        return RlsysError(f"rollout store: {path} cannot be written: {error}")
+    return error
 
 
 def _is_after(path: Path, version: int) -> bool:

@@ -18,20 +18,35 @@ from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Generator, Rewarder, Roles, SampleRow
 from rlsys.roles import RolloutStore as RolloutStoreProtocol
+from rlsys.sim.clock import run_virtually
 from rlsys.sim.roles import INSTANT, MemoryStore, SimGenerator, SimLearner, SimReference, SimRewarder, Timing
 from rlsys.types import Prompt
 
+DAY_S = 86_400.0
 
-def sim_config(**changes: Mapping[str, Any]) -> Config:
-    """A config for simulated roles; `changes` are sections, such as `driver={"max_staleness": 2}`."""
-    sections: dict[str, dict[str, Any]] = {
+
+def sim_config(
+    steps: int = 5,
+    batch: int = 4,
+    bound: int = 1,
+    generators: int = 2,
+    samples: int = 2,
+    **sections: Mapping[str, Any],
+) -> Config:
+    """A small config for simulated roles; `sections` add to it, such as `rollout={"attempts": 2}`."""
+    small: dict[str, dict[str, Any]] = {
+        "run": {"steps": steps},
         "model": {"path": "none"},
         "prompts": {"train": {"kind": "sums"}},
+        "rollout": {"generators": generators, "samples_per_prompt": samples, "stall_timeout_s": 20.0},
         "rewards": {"functions": [{"name": "parity", "kind": "python", "path": "none:none"}]},
+        "driver": {"prompts_per_step": batch, "max_staleness": bound},
+        "eval": {"prompts": 3},
+        "checkpoint": {"every": 2},
     }
-    for name, section in changes.items():
-        sections[name] = {**sections.get(name, {}), **section}
-    return Config.model_validate(sections)
+    return Config.model_validate(
+        {name: {**small.get(name, {}), **sections.get(name, {})} for name in {*small, *sections}}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,32 @@ class Simulation:
             self.ledger.close()
 
 
+def simulate(
+    config: Config, run_dir: Path, act: Callable[[Simulation], None] = lambda simulation: None, **options: Any
+) -> tuple[Simulation, dict[str, Any]]:
+    """One process of a run in virtual time, to its end.
+
+    `act` is called first, and may schedule what is to happen: `at(3.0, simulation.driver.stop)`. `options` are those
+    of `Simulation`. Raises what ends the run, TimeoutError after a day of virtual time.
+    """
+    made: list[Simulation] = []
+
+    async def main() -> dict[str, Any]:
+        simulation = Simulation(config, run_dir, **{"timing": Timing(), **options})
+        made.append(simulation)
+        act(simulation)
+        async with asyncio.timeout(DAY_S):
+            return await simulation.run()
+
+    summary = run_virtually(main())
+    return made[0], summary
+
+
+def at(seconds: float, action: Callable[[], Any]) -> None:
+    """Do something later, in virtual seconds."""
+    asyncio.get_running_loop().call_later(seconds, action)
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Time of the whole loop, divided by the rollouts that went through. CPU time is over all threads."""
@@ -152,9 +193,7 @@ def drive(
 ) -> Cost:
     """What the driver itself costs: the loop over roles that take no time. `on_disk`: with the Parquet store."""
     config = sim_config(
-        run={"steps": steps},
-        rollout={"generators": generators, "samples_per_prompt": samples},
-        driver={"prompts_per_step": prompts_per_step},
+        *(steps, prompts_per_step, 1, generators, samples),
         eval={"before": False, "after": False, "prompts": 1},
         checkpoint={"every": 0},
     )

@@ -1,0 +1,162 @@
+"""Stopped, crashed and resumed runs, on simulated roles in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.config.models import Config
+from rlsys.driver.recovery import reusable
+from rlsys.errors import RunDirError
+from rlsys.ledger.story import read_story
+from rlsys.sim.drive import Simulation, at, sim_config, simulate
+from rlsys.sim.roles import Timing
+from rlsys.types import GroupInfo
+
+
+class DropSome:
+    """Drops by score, so that what is dropped depends on the weights."""
+
+    def drop_reason(self, info: GroupInfo) -> str | None:
+        return "zero variance" if len(set(info.scores)) == 1 else None
+
+
+def crashed(config: Config, directory: Path, when: float, **options: Any) -> Simulation:
+    """A process that is cancelled at once by a second stop: nothing is saved after that, as in a crash."""
+    made: list[Simulation] = []
+
+    def act(simulation: Simulation) -> None:
+        made.append(simulation)
+        at(when, simulation.driver.stop)
+        at(when, simulation.driver.stop)
+
+    with pytest.raises(asyncio.CancelledError):
+        simulate(config, directory, act, **options)
+    return made[0]
+
+
+@pytest.mark.parametrize("stop_at", [0.5, 4.0, 9.0, 14.0, 23.0])
+def test_a_stopped_and_resumed_synchronous_run_equals_an_uninterrupted_one(tmp_path: Path, stop_at: float) -> None:
+    settings = sim_config(steps=6, bound=0, batch=3, checkpoint={"every": 2}, eval={"every": 3})
+    whole, summary = simulate(settings, tmp_path / "whole", filters=[DropSome()])
+    first, partial = simulate(settings, tmp_path / "parts", lambda s: at(stop_at, s.driver.stop), filters=[DropSome()])
+    done = partial["steps"]
+    second, rest = simulate(settings, tmp_path / "parts", filters=[DropSome()], seed=5)
+    assert first.learner.batches + second.learner.batches == whole.learner.batches
+    assert second.learner.state == whole.learner.state
+    assert rest["steps"] == 6
+    assert rest["tokens"]["trained"] == summary["tokens"]["trained"]
+    assert rest["fates"] == summary["fates"]
+    if done:
+        assert second.tracker.resumes == [done]
+        assert rest["wall_s"] > partial["wall_s"]
+    assert [s for s, _ in second.tracker.steps] == list(range(done + 1, 7))
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize("crash_at", [3.0, 8.0, 13.0, 17.0])
+def test_a_crashed_run_resumes_from_its_newest_checkpoint(
+    tmp_path: Path, check_fates: Callable[[Path], Any], bound: int, crash_at: float
+) -> None:
+    settings = sim_config(steps=8, bound=bound, batch=3, checkpoint={"every": 2}, eval={"before": False})
+    first = crashed(settings, tmp_path, crash_at, filters=[DropSome()])
+    checkpoints = sorted((tmp_path / "checkpoints").glob("step-*"))
+    version = int(checkpoints[-1].name.partition("-")[2]) if checkpoints else 0
+    second, summary = simulate(settings, tmp_path, filters=[DropSome()], seed=3)
+    batches = first.learner.batches[:version] + second.learner.batches
+    trained = [prompt_id for batch in batches for prompt_id in batch.prompt_ids]
+    assert len(trained) == len(set(trained)) == 24 == summary["fates"]["trained"]
+    assert [b.version for b in batches] == list(range(8))
+    assert all(b.version - b.oldest <= bound for b in batches)
+    check_fates(tmp_path)
+    indices = sorted(int(prompt_id.partition("/")[2]) for prompt_id in trained)
+    dropped = sum(summary["fates"]["dropped"].values())
+    assert indices[-1] < 24 + dropped, "prompts were left out"
+    if bound == 0:
+        assert summary["fates"]["pending"] == 0
+        whole, _ = simulate(settings, tmp_path / "whole", filters=[DropSome()])
+        assert batches == whole.learner.batches
+        assert second.learner.state == whole.learner.state
+
+
+def test_buffered_groups_are_reused_after_a_crash(tmp_path: Path) -> None:
+    """A slow learner: at the crash several groups wait for it; they are not sampled again."""
+    timing = Timing(step_s=1000.0, lengths=(4, 8))
+    settings = sim_config(
+        *(2, 4, 1),
+        learner={"step_timeout_s": 1e5},
+        checkpoint={"every": 0},
+        eval={"before": False, "after": False},
+    )
+    crashed(settings, tmp_path, 15.0, timing=timing)
+    assert [read_story(tmp_path, f"sim/{i}").prompt["state"] for i in range(8)] == ["buffered"] * 8
+    second, summary = simulate(settings, tmp_path, timing=timing)
+    assert sum(len(g.calls) for g in second.all_generators) == 0
+    assert summary["fates"] == {"trained": 8, "dropped": {}, "pending": 0}
+    assert [e.event for e in read_story(tmp_path, "sim/0").events][-3:] == ["reused", "buffered", "trained"]
+
+
+def test_an_invalid_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    simulate(sim_config(steps=4, checkpoint={"every": 2, "keep": 5}), tmp_path)
+    saved = tmp_path / "checkpoints" / "step-000004" / "learner" / "learner.json"
+    saved.write_text(saved.read_text().replace("4", "5"))
+    second, summary = simulate(sim_config(steps=6, checkpoint={"every": 2, "keep": 5}), tmp_path)
+    assert "the content of learner/learner.json has changed" in caplog.text
+    assert second.tracker.resumes == [2]
+    assert summary["fates"]["trained"] == 24
+
+
+def test_checkpoints_are_pruned_and_another_config_is_refused(tmp_path: Path) -> None:
+    simulate(sim_config(steps=6, checkpoint={"every": 1, "keep": 2}), tmp_path)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000005", "step-000006"]
+    with pytest.raises(RunDirError, match="another config"):
+        simulate(sim_config(steps=6, samples=3), tmp_path)
+    with pytest.raises(RunDirError, match=r"run\.resume is never"):
+        simulate(sim_config(run={"steps": 6, "resume": "never"}), tmp_path)
+
+
+def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path: Path) -> None:
+    settings = sim_config(steps=4, bound=0, checkpoint={"every": 0})
+    crashed(settings, tmp_path, 9.0)
+    second, summary = simulate(settings, tmp_path)
+    whole, _ = simulate(settings, tmp_path / "whole")
+    assert second.tracker.resumes == [0]
+    assert second.learner.batches == whole.learner.batches
+    assert summary["fates"] == {"trained": 16, "dropped": {}, "pending": 0}
+
+
+def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
+    simulate(sim_config(steps=3, bound=0), tmp_path / "parts")
+    second, summary = simulate(sim_config(steps=5, bound=0), tmp_path / "parts")
+    whole, _ = simulate(sim_config(steps=5, bound=0), tmp_path / "whole")
+    assert second.learner.state == whole.learner.state
+    assert summary["eval"]["after"]["step"] == 5
+    again, _ = simulate(sim_config(steps=5, bound=0), tmp_path / "parts")
+    assert again.learner.batches == []
+    assert again.tracker.evals == []
+
+
+@given(
+    versions=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), max_size=30),
+    version=st.integers(0, 6),
+    batch=st.integers(1, 4),
+    bound=st.integers(0, 3),
+)
+def test_what_is_reused_can_be_trained_within_the_bound(
+    versions: list[tuple[int, int]], version: int, batch: int, bound: int
+) -> None:
+    """Oldest first in batches from `version` on, each reused group is trained at most `bound` versions late."""
+    infos = [GroupInfo(f"p{i}", i, "g", (1,), old, old + span) for i, (old, span) in enumerate(versions)]
+    kept = reusable(infos, version, batch, bound)
+    for place, info in enumerate(kept):
+        assert info.max_version <= version
+        assert version + place // batch - info.min_version <= bound
+    if bound:  # nothing is left out without need
+        fresh = [info for info in infos if info.max_version == info.min_version == version]
+        assert len([info for info in kept if info in fresh]) >= min(len(fresh), bound * batch)
