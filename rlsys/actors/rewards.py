@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from rlsys.config.models import RewardsConfig
-from rlsys.errors import WorkerDied
+from rlsys.errors import RlsysError, WorkerDied
 from rlsys.rewards.setup import with_absolute_paths
 from rlsys.rewards.worker import RewardWorker, default_search_path
 from rlsys.roles import Handle, Scored
@@ -53,8 +53,8 @@ class RayRewarder:
         refs: list[Any] = self.actor.score.options(num_returns=2).remote(group)
         try:
             info, seconds = await refs[0]
-        except RayActorError as error:
-            raise WorkerDied(self.name, _first_line(error)) from error
+        except (RayActorError, RayTaskError) as error:
+            raise _ours(self.name, error) from error
         return Scored(info, refs[1], seconds)
 
     async def close(self) -> None:
@@ -77,13 +77,16 @@ async def start_rewarder(name: str, config: RewardsConfig) -> RayRewarder:
     actor: ActorHandle[Any] = remote.remote(name, with_absolute_paths(config), default_search_path())
     try:
         await actor.start.remote()
-    except RayActorError as error:
-        raise WorkerDied(name, _first_line(error)) from error
-    except BaseException:
+    except BaseException as error:
         ray.kill(actor)
+        if isinstance(error, RayActorError | RayTaskError):
+            raise _ours(name, error) from error
         raise
     return RayRewarder(name, actor)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _ours(name: str, error: RayActorError | RayTaskError) -> Exception:
+    """What the worker raised, without Ray's traceback in its message, or that it died."""
+    if isinstance(error, RayTaskError):
+        return error.cause if isinstance(error.cause, RlsysError) else error
+    return WorkerDied(name, (str(error).strip() or type(error).__name__).splitlines()[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import importlib
 import math
 import numbers
 import os
@@ -29,6 +30,7 @@ from rlsys.rewards.calls import Call
 from rlsys.rewards.link import pack, read
 
 _PR_SET_PDEATHSIG = 1
+_NOT_THE_USERS = (os.path.dirname(__file__), os.path.dirname(importlib.__file__), "<frozen ")
 
 
 def main(descriptor: int) -> None:
@@ -165,7 +167,7 @@ def _short(value: object) -> str:
 def _last_line(error: BaseException) -> str:
     """The last line of the traceback, with the place in the user's code."""
     line = traceback.format_exception_only(error)[-1].strip()
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
     return f"{line} ({frames[-1].filename}:{frames[-1].lineno})" if frames else line
 
 
