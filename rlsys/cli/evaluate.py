@@ -41,9 +41,11 @@ def evaluate(path: Path, checkpoint: Path | None, overrides: Sequence[str]) -> N
             results = asyncio.run(_evaluate(config, model))
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-    table = Table(title=f"{model}", title_justify="left", show_header=False)
-    for name, value in results.items():
-        table.add_row(name, f"{value:.1%}" if name in ("accuracy", "truncated") else f"{value:,.6g}")
+    table = Table(show_header=False)
+    for name in ("prompts", "rollouts", "accuracy", "unscored", "length_mean", "truncated"):
+        if name in results:
+            value = results[name]
+            table.add_row(name, f"{value:.1%}" if name in ("accuracy", "truncated") else f"{value:,.6g}")
     Console().print(table)
 
 
