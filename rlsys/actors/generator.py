@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -60,8 +61,18 @@ class GeneratorActor:
 
     async def result(self, batch: int, i: int) -> tuple[GroupInfo, RolloutGroup]:
         """The driver reads the first of the two; the second stays where it is until somebody needs it."""
-        group = await self._running.pop((batch, i))
+        try:
+            group = await self._running[batch, i]
+        except asyncio.CancelledError:
+            raise EngineError("the caller did not want this prompt any more") from None
+        finally:
+            del self._running[batch, i]
         return group_info(group), group
+
+    async def cancel(self, batch: int, i: int) -> None:
+        """Sample a prompt no longer. Not by ray.cancel, which may keep `result` from ever running."""
+        if group := self._running.get((batch, i)):
+            group.cancel()
 
     async def progress(self) -> int:
         return await self._engine.progress()
@@ -89,10 +100,16 @@ class RayGenerator:
         """Raises WorkerDied, and what the engine raises. Cancelling an awaitable ends the requests of its prompt."""
         batch = next(self._batches)
         await self._answer(self.actor.submit.remote(batch, list(prompts), sampling))
+        answers: list[Awaitable[Generated]] = []
         # Asked for at once, all of them: a group that nobody waits for yet must not stay behind in a process that may
         # die.
-        refs = [self.actor.result.options(num_returns=2).remote(batch, i) for i in range(len(prompts))]
-        return [asyncio.create_task(self._generated(*pair)) for pair in refs]
+        for i in range(len(prompts)):
+            info, group = self.actor.result.options(num_returns=2).remote(batch, i)
+            task = asyncio.create_task(self._generated(info, group))
+            # Not in the task itself: one that is cancelled before its first step never runs.
+            task.add_done_callback(functools.partial(self._cancel_with, batch, i))
+            answers.append(task)
+        return answers
 
     async def progress(self) -> int:
         """Raises WorkerDied."""
@@ -115,11 +132,11 @@ class RayGenerator:
         ray.kill(self.actor)
 
     async def _generated(self, info: ray.ObjectRef, group: ray.ObjectRef) -> Generated:
-        try:
-            return Generated(await self._answer(info), group)
-        except asyncio.CancelledError:
-            ray.cancel(info)
-            raise
+        return Generated(await self._answer(info), group)
+
+    def _cancel_with(self, batch: int, i: int, task: asyncio.Task[Generated]) -> None:
+        if task.cancelled():
+            self.actor.cancel.remote(batch, i)
 
     async def _answer(self, ref: Any) -> Any:
         try:

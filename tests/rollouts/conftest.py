@@ -31,6 +31,11 @@ class Trainer:
         self._states = {0: self._copy()}
         self._random = torch.Generator().manual_seed(0)
 
+    def relabel(self, version: int) -> None:
+        """Call the weights as they are `version`."""
+        self.version = version
+        self._states[version] = self._copy()
+
     def _copy(self) -> dict[str, Any]:
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 

@@ -1,0 +1,184 @@
+"""Generators as Ray actors: what the driver sees of them, and what is left when one is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from rlsys.actors.generator import RayGenerator, start_generator
+from rlsys.errors import EngineError, WeightUpdateError, WorkerDied
+from rlsys.roles import Probe, PublishedWeights, Sampling
+from rlsys.rollouts.fake import TENSOR, VOCABULARY, FakeGenerator
+from rlsys.types import Prompt, RolloutGroup, group_info
+from rlsys.weights.publish import pack
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
+
+NOWHERE = Path("nowhere")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+async def fake(make_config: Any) -> Any:
+    generator = await start_generator("generator-0", make_config(NOWHERE), NOWHERE, factory=FakeGenerator)
+    yield generator
+    await generator.close()
+
+
+def published(version: int) -> PublishedWeights:
+    """Weights of the fake, with the payload in the object store, as the learner publishes them."""
+    logits = torch.arange(VOCABULARY, dtype=torch.float32) / 10
+    payload, manifest = pack([(TENSOR, logits)], version)
+    probe = Probe((0, 5), (float(logits.log_softmax(0)[5]),))
+    return PublishedWeights(version, manifest, ray.put(payload), probe)
+
+
+async def pid_of(generator: RayGenerator) -> int:
+    return int(await generator.actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+async def test_groups_come_as_metadata_and_a_reference(fake: RayGenerator, make_prompts: Any) -> None:
+    prompts = make_prompts(5)
+    answers = await fake.generate(prompts, Sampling(n=3, max_new_tokens=20))
+    assert len(answers) == 5
+    for prompt, answer in zip(prompts, answers, strict=True):
+        generated = await answer
+        assert isinstance(generated.payload, ray.ObjectRef)
+        group = await generated.payload
+        assert generated.info == group_info(group)
+        assert (generated.info.prompt_id, generated.info.generator) == (prompt.id, "generator-0")
+        assert len(group.rollouts) == 3
+    assert await fake.progress() > 0
+
+
+async def test_an_update_comes_by_reference(fake: RayGenerator, make_prompts: Any) -> None:
+    assert (await fake.update(published(4))).version == 4
+    (answer,) = await fake.generate(make_prompts(1), Sampling(n=1, max_new_tokens=5))
+    assert (await answer).info.min_version == 4
+    with pytest.raises(WeightUpdateError, match="cannot take 3"):
+        await fake.update(published(3))
+
+
+async def test_finished_groups_outlive_their_generator(make_config: Any, make_prompts: Any) -> None:
+    generator = await start_generator("generator-1", make_config(NOWHERE), NOWHERE, factory=FakeGenerator)
+    # One group small enough for Ray to send it along, one for which it uses shared memory.
+    small, large = [
+        await (await generator.generate(make_prompts(1), Sampling(n=n, max_new_tokens=100, ignore_eos=True)))[0]
+        for n in (1, 200)
+    ]
+    (unfinished,) = await generator.generate(make_prompts(1), Sampling(n=1, max_new_tokens=10**9, ignore_eos=True))
+    os.kill(await pid_of(generator), signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="generator-1 died") as caught:
+        await unfinished
+    assert caught.value.worker == "generator-1"
+    for generated, n in ((small, 1), (large, 200)):
+        assert sum(len(r.token_ids) for r in (await generated.payload).rollouts) == n * 100
+    for call in (
+        generator.progress(),
+        generator.update(published(1)),
+        generator.generate(make_prompts(1), Sampling(1, 1)),
+    ):
+        with pytest.raises(WorkerDied, match="generator-1 died"):
+            await call
+    await generator.close()
+
+
+async def test_a_cancelled_awaitable_ends_the_sampling(make_config: Any, make_prompts: Any) -> None:
+    class Watched(FakeGenerator):
+        async def start(self) -> None:
+            self.ended = asyncio.Event()
+            await super().start()
+
+        async def _sample_group(self, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
+            try:
+                return await super()._sample_group(prompt, sampling)
+            except asyncio.CancelledError:
+                self.ended.set()
+                raise
+
+        async def progress(self) -> int:
+            await self.ended.wait()
+            return self._tokens
+
+    generator = await start_generator("generator-0", make_config(NOWHERE), NOWHERE, factory=Watched)
+    (endless,) = await generator.generate(make_prompts(1), Sampling(n=1, max_new_tokens=10**9, ignore_eos=True))
+    endless.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await endless
+    async with asyncio.timeout(30):
+        assert await generator.progress() > 0
+    await generator.close()
+
+
+async def test_a_generator_that_does_not_start_is_given_up(make_config: Any) -> None:
+    class Stuck(FakeGenerator):
+        async def start(self) -> None:
+            await asyncio.Event().wait()
+
+    config = make_config(NOWHERE, rollout={"start_timeout_s": 5.0})
+    with pytest.raises(EngineError, match=r"generator-2 was not ready within rollout.start_timeout_s=5 s"):
+        await start_generator("generator-2", config, NOWHERE, factory=Stuck)
+
+
+async def test_an_engine_that_cannot_be_built_says_why(make_config: Any) -> None:
+    class Broken(FakeGenerator):
+        async def start(self) -> None:
+            raise RuntimeError("no such device")
+
+    with pytest.raises(EngineError, match="generator-3: RuntimeError: no such device"):
+        await start_generator("generator-3", make_config(NOWHERE), NOWHERE, factory=Broken)
+
+
+async def test_vllm_in_an_actor_takes_weights_and_leaves_nothing_behind_when_killed(
+    untied_model: Path, make_trainer: Any, make_config: Any, make_prompts: Callable[..., list[Prompt]]
+) -> None:
+    trainer = make_trainer(untied_model)
+    generator = await start_generator("generator-4", make_config(untied_model), untied_model, version=7)
+    prompts = make_prompts(4)
+
+    async def sample(version: int) -> None:
+        for answer in await generator.generate(prompts, Sampling(n=4, max_new_tokens=30)):
+            generated = await answer
+            assert (generated.info.min_version, generated.info.max_version) == (version, version)
+            assert trainer.differences(await generated.payload).max() <= 1e-4
+
+    trainer.relabel(7)
+    await sample(7)
+    for _ in range(2):
+        weights = trainer.publish()
+        by_reference = PublishedWeights(weights.version, weights.manifest, ray.put(weights.payload), weights.probe)
+        report = await generator.update(by_reference)
+        assert report.probe_difference <= 1e-4
+        await sample(weights.version)
+
+    (running,) = await generator.generate(prompts[:1], Sampling(n=2, max_new_tokens=200, ignore_eos=True))
+    actor = psutil.Process(await pid_of(generator))
+    children = actor.children(recursive=True)
+    assert any("EngineCore" in child.name() for child in children)
+    actor.kill()
+    with pytest.raises(WorkerDied, match="generator-4 died"):
+        await running
+    _, alive = psutil.wait_procs([actor, *children], timeout=20)
+    assert alive == []
