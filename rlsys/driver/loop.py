@@ -368,7 +368,7 @@ class Driver:
                 raise LearnerError(f"{checkpoint.path} holds version {version}, expected {manifest.version}")
             self._saved = version
             self.recorder.resume(Totals(**manifest.totals))
-        plan = await recover(checkpoint, self.ledger, self.roles.store, self.batch, self.bound)
+        plan = await recover(checkpoint, self.ledger, self.roles.store, self.batch, self.bound, self.steps)
         self.step = plan.version
         if used:
             self.tracker.resumed(self.step)

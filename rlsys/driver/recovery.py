@@ -25,24 +25,28 @@ class Plan:
     next_index: int
 
 
-def reusable(infos: Iterable[GroupInfo], version: int, batch: int, bound: int) -> list[GroupInfo]:
+def reusable(infos: Iterable[GroupInfo], version: int, batch: int, bound: int, room: int) -> list[GroupInfo]:
     """The buffered groups that a learner at `version` may still train on.
 
     None with a bound of 0: there a batch is sampled in one piece, and a resumed run repeats that exactly. Otherwise
     those that no later weights have touched, oldest first, as many as the buffer's invariant (I) allows:
-    `outstanding(start <= s) <= (s + S + 1 - version) * B`. Groups of one run always fit; the check is for files that
-    something else has left there.
+    `outstanding(start <= s) <= (s + S + 1 - version) * B`, and at most `room` of them, which is what the run has left
+    to train. Groups of one run always fit; the checks are for a run that is to end earlier than it was meant to, and
+    for files that something else has left there.
     """
     if bound == 0:
         return []
     kept: list[GroupInfo] = []
     for info in sorted(infos, key=lambda info: (info.min_version, info.index)):
-        if info.max_version <= version and len(kept) < (info.min_version + bound + 1 - version) * batch:
+        limit = min(room, (info.min_version + bound + 1 - version) * batch)
+        if info.max_version <= version and len(kept) < limit:
             kept.append(info)
     return kept
 
 
-async def recover(checkpoint: Checkpoint | None, ledger: Ledger, store: RolloutStore, batch: int, bound: int) -> Plan:
+async def recover(
+    checkpoint: Checkpoint | None, ledger: Ledger, store: RolloutStore, batch: int, bound: int, steps: int
+) -> Plan:
     """Bring ledger and store back to the checkpoint (to the start of the run when there is none)."""
     version, position = (checkpoint.manifest.version, checkpoint.manifest.position) if checkpoint else (0, 0)
     undone = ledger.roll_back(position)
@@ -50,9 +54,8 @@ async def recover(checkpoint: Checkpoint | None, ledger: Ledger, store: RolloutS
     found = await store.load_buffered()
     outstanding = {prompt.id: prompt for prompt in ledger.outstanding()}
 
-    keep = {
-        info.prompt_id for info in reusable((found[i].info for i in found if i in outstanding), version, batch, bound)
-    }
+    known = (found[prompt_id].info for prompt_id in found if prompt_id in outstanding)
+    keep = {info.prompt_id for info in reusable(known, version, batch, bound, (steps - version) * batch)}
     settled = ledger.fate_of(i for i in found if i not in outstanding)
     for prompt_id, (state, reason, _) in settled.items():
         if state == "dropped":  # its group had not reached a final file

@@ -120,7 +120,8 @@ class Ledger:
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.executescript(_SCHEMA)
         self._queue: list[tuple[str, tuple[Any, ...]]] = []
-        self._mutex = threading.Lock()
+        self._mutex = threading.Lock()  # of the queue
+        self._transaction = threading.Lock()  # of the connection: an event loop may run the writing itself
         self._hurry = threading.Event()
         self._scheduled: Future[None] | None = None
         self._failure: BaseException | None = None
@@ -237,12 +238,8 @@ class Ledger:
 
     def fate_of(self, prompt_ids: Iterable[str]) -> dict[str, tuple[State, str | None, int | None]]:
         """(state, reason, step) of each of the prompts that the ledger knows."""
-        self._sync()
-        return {
-            prompt_id: row
-            for prompt_id in prompt_ids
-            for row in self._connection.execute("SELECT state, reason, step FROM prompts WHERE id = ?", (prompt_id,))
-        }
+        query = "SELECT state, reason, step FROM prompts WHERE id = ?"
+        return {prompt_id: rows[0] for prompt_id in prompt_ids if (rows := self._read(query, prompt_id))}
 
     def next_index(self) -> int:
         """The index after the highest one that was ever drawn."""
@@ -305,6 +302,10 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
+        with self._transaction:
+            self._write_queue()
+
+    def _write_queue(self) -> None:
         with self._mutex:
             queue, self._queue = self._queue, []
             self._scheduled = None
@@ -332,7 +333,8 @@ class Ledger:
 
     def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         self._sync()
-        return self._connection.execute(query, values).fetchall()
+        with self._transaction:
+            return self._connection.execute(query, values).fetchall()
 
     def _one(self, query: str) -> Any:
         return self._connection.execute(query).fetchone()[0]

@@ -141,8 +141,10 @@ def test_an_update_of_a_lost_generator_says_nothing_of_its_successor(tmp_path: P
     config = sim_config(steps=3, bound=0, generators=1, eval={"before": False})
     simulation, summary = simulate(config, tmp_path, act, timing=Timing(lengths=(4, 8), spawn_s=60.0))
     assert simulation.spawns == 1
-    assert summary["fates"] == {"trained": 12, "dropped": {}, "pending": 0}  # a generator without weights would fail
+    assert summary["fates"] == {"trained": 12, "dropped": {}, "pending": 0}
     assert all(b.version == b.oldest for b in simulation.learner.batches)
+    events = [event for i in range(12) for event in read_story(tmp_path, f"sim/{i}").events]
+    assert not [e for e in events if e.event == "failed" and "has no weights" in e.detail["cause"]]
 
 
 def test_what_a_reward_worker_refuses_ends_the_run(tmp_path: Path) -> None:

@@ -140,6 +140,31 @@ def test_synchronous_runs_are_the_same_for_any_timing(tmp_path: Path) -> None:
     assert first_calls[0] == ("sim/0", "sim/2", "sim/4")
 
 
+def test_synchronous_evaluations_and_checkpoints_come_before_new_prompts(tmp_path: Path) -> None:
+    """With S = 0 nothing else is sampled meanwhile."""
+    sampled: list[tuple[float, str]] = []
+
+    class Noting(SimGenerator):
+        async def generate(self, prompts: Any, sampling: Any) -> Any:
+            sampled.extend((asyncio.get_running_loop().time(), prompt.id) for prompt in prompts)
+            return await super().generate(prompts, sampling)
+
+    def act(simulation: Simulation) -> None:
+        for generator in simulation.all_generators:
+            generator.__class__ = Noting
+
+    config = sim_config(steps=4, bound=0, eval={"every": 1, "prompts": 6}, checkpoint={"every": 1})
+    simulation, _ = simulate(config, tmp_path, act)
+    for name, start, end, _ in simulation.tracker.events:
+        if name.startswith("evaluation"):
+            meanwhile = {prompt_id for when, prompt_id in sampled if start <= when < end}
+            assert meanwhile == {f"eval/{i}" for i in range(6)}
+    drawn_at = {prompt_id: when for when, prompt_id in sampled}
+    for step in (1, 2, 3):
+        saved_at = next(end for name, _, end, _ in simulation.tracker.events if name == f"checkpoint {step}")
+        assert drawn_at[f"sim/{4 * step}"] >= saved_at
+
+
 def test_skipped_steps_use_their_prompts_up(tmp_path: Path) -> None:
     simulation, summary = simulate(sim_config(steps=4, bound=0), tmp_path, skip=lambda step: step == 2)
     assert summary["fates"] == {"trained": 12, "dropped": {"step skipped": 4}, "pending": 0}
@@ -149,7 +174,7 @@ def test_skipped_steps_use_their_prompts_up(tmp_path: Path) -> None:
 def test_the_learner_does_not_wait_for_the_roll_out(tmp_path: Path) -> None:
     """Updates take 30 s each on two generators, steps 1 s: with S = 3 several steps go by meanwhile."""
     timing = Timing(lengths=(1, 2), tokens_per_s=1000.0, score_s=0.0, step_s=1.0, update_s=30.0)
-    simulation, summary = simulate(
+    simulation, _ = simulate(
         sim_config(steps=12, bound=3, eval={"before": False, "after": False}, weights={"timeout_s": 1000.0}),
         tmp_path,
         timing=timing,
@@ -175,7 +200,7 @@ def test_evaluation_and_checkpoints_do_not_stop_generation(tmp_path: Path) -> No
     def act(simulation: Simulation) -> None:
         simulation.learner.save = SlowSave(simulation)  # type: ignore[method-assign]
 
-    simulation, summary = simulate(
+    simulation, _ = simulate(
         sim_config(
             steps=3, bound=2, eval={"before": False, "after": False, "every": 1, "prompts": 40}, checkpoint={"every": 1}
         ),

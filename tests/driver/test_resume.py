@@ -146,17 +146,26 @@ def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     versions=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), max_size=30),
     version=st.integers(0, 6),
     batch=st.integers(1, 4),
-    bound=st.integers(0, 3),
+    bound=st.integers(1, 3),
+    room=st.integers(0, 30),
 )
 def test_what_is_reused_can_be_trained_within_the_bound(
-    versions: list[tuple[int, int]], version: int, batch: int, bound: int
+    versions: list[tuple[int, int]], version: int, batch: int, bound: int, room: int
 ) -> None:
     """Oldest first in batches from `version` on, each reused group is trained at most `bound` versions late."""
     infos = [GroupInfo(f"p{i}", i, "g", (1,), old, old + span) for i, (old, span) in enumerate(versions)]
-    kept = reusable(infos, version, batch, bound)
+    kept = reusable(infos, version, batch, bound, room)
+    assert len(kept) <= room
     for place, info in enumerate(kept):
         assert info.max_version <= version
         assert version + place // batch - info.min_version <= bound
-    if bound:  # nothing is left out without need
-        fresh = [info for info in infos if info.max_version == info.min_version == version]
-        assert len([info for info in kept if info in fresh]) >= min(len(fresh), bound * batch)
+    fresh = [info for info in infos if info.min_version == info.max_version == version]
+    assert len(reusable(fresh, version, batch, bound, room)) == min(len(fresh), room, (bound + 1) * batch)
+    assert reusable(infos, version, batch, 0, room) == []
+
+
+def test_a_run_can_end_earlier_than_it_was_meant_to(tmp_path: Path) -> None:
+    crashed(sim_config(steps=9, bound=3, checkpoint={"every": 1}), tmp_path, 9.0, timing=Timing(step_s=3.0))
+    version = max(int(p.name.partition("-")[2]) for p in (tmp_path / "checkpoints").glob("step-*"))
+    _, summary = simulate(sim_config(steps=version + 1, bound=3), tmp_path)
+    assert summary["fates"]["trained"] == 4 * (version + 1)
