@@ -11,14 +11,16 @@ from rlsys.config.loading import load_config, show
 from rlsys.config.models import Config
 from rlsys.errors import RunDirError
 
-# What a resumed run may change without becoming another run: how far it goes, how it is watched, and what it runs on.
+# What a resumed run may change without becoming another run: how far it goes, how it is watched, what it runs on, and
+# what becomes of failures. All time-outs as well.
 MAY_DIFFER = (
-    "run.name", "run.dir", "run.steps", "run.resume", "trackers", "resources", "checkpoint", "weights.timeout_s",
-    "rollout.generators", "rollout.engine", "rollout.start_timeout_s", "rollout.stall_timeout_s", "rollout.attempts",
-    "rewards.workers", "rewards.timeout_s", "rewards.concurrency", "reference.threads", "reference.micro_batch_tokens",
+    "run.name", "run.dir", "run.steps", "run.resume", "trackers", "resources", "checkpoint", "model.tiny.cache_dir",
+    "rollout.generators", "rollout.engine", "rollout.attempts",
+    "rewards.workers", "rewards.concurrency", "rewards.on_failure",
+    "reference.threads", "reference.micro_batch_tokens",
     "learner.ranks", "learner.zero_stage", "learner.offload", "learner.packing", "learner.micro_batch_tokens",
-    "learner.logprob_chunk", "learner.gradient_checkpointing", "learner.threads", "learner.step_timeout_s",
-    "eval.every", "eval.after", "eval.timeout_s", "model.tiny.cache_dir",
+    "learner.logprob_chunk", "learner.gradient_checkpointing", "learner.threads", "learner.non_finite",
+    "driver.max_groups_in_flight", "eval.every", "eval.every_prompts", "eval.after",
 )  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def check_same_run(config: Config, written: Path) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+    return key.endswith("timeout_s") or any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
