@@ -115,7 +115,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     async def main() -> None:
         simulation = Simulation(config, path)
-        simulation.driver.tracker = JsonlTracker(path)
+        simulation.driver.tracker = simulation.driver.recorder.tracker = JsonlTracker(path)
         await simulation.run()
 
     asyncio.run(main())
