@@ -151,14 +151,17 @@ async def test_a_task_without_a_function_is_an_error(group, start_worker):
         await worker.score(group("a", task="gsm8k"))
 
 
-async def test_a_caller_that_gives_up_leaves_the_worker_in_order(group, start_worker, user_config):
-    worker = await start_worker(user_config("hang_on_x", timeout_s=1))
-    hopeless = asyncio.create_task(worker.score(group("x", "x", "x", "x", "x", "x", "x", "x")))
-    await asyncio.sleep(0)  # it has been sent
+async def test_a_caller_that_gives_up_leaves_the_worker_in_order(group, start_worker, user_config, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    worker = await start_worker(user_config("tell_and_hang_on_x", timeout_s=1, options={"pipe": str(pipe)}))
+    hopeless = asyncio.create_task(worker.score(group(*"xxxxxxxx")))
+    assert await asyncio.to_thread(pipe.read_text) == "here I hang"
     hopeless.cancel()
-    # Eight seconds of hanging if the seven calls after the first were still run.
-    scored = await asyncio.wait_for(worker.score(group("a", row=1)), timeout=7)
+    # The other seven calls would wait for someone to read their words, and hang as well.
+    scored = await worker.score(group("a", row=1))
     assert scored.rewards[0].status == "ok"
+    assert hopeless.cancelled()
 
 
 async def test_what_a_killed_function_started_is_ended_too(group, start_worker, user_config, tmp_path, wait_until_gone):

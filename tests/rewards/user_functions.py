@@ -55,6 +55,13 @@ def hang_on_x(response):
     return 1.0
 
 
+def tell_and_hang_on_x(response, pipe):
+    if response == "x":
+        Path(pipe).write_text("here I hang")
+        threading.Event().wait()
+    return 1.0
+
+
 def hang_in_c_on_x(response):
     if response == "x":
         ctypes.PyDLL(None).pause()  # keeps the interpreter lock, so that no other thread runs
