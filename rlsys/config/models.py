@@ -126,7 +126,7 @@ class PromptsConfig(Strict):
     train: PromptSource
     eval: PromptSource | None = None
     system_prompt: str | None = Field(None, description="Put before chat messages that have no system message.")
-    instruction: str | None = Field(None, description="Appended to the text of every prompt.")
+    instruction: str | None = Field(None, description="A last line added to the text of every prompt.")
     chat_template: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: apply the tokenizer's chat template when it has one."
     )
