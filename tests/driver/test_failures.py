@@ -120,6 +120,14 @@ def test_a_generator_that_fails_an_update_is_restarted(tmp_path: Path) -> None:
     assert summary["versions"] == {"learner": 4, "generators": {"generator-0": 4, "generator-1": 4}}
 
 
+def test_a_restarted_generator_has_the_weights_before_it_gets_work(tmp_path: Path) -> None:
+    simulation, _ = simulate(sim_config(generators=1), tmp_path, lambda s: at(4.0, s.all_generators[0].kill))
+    assert simulation.spawns == 1
+    events = [event for i in range(8) for event in read_story(tmp_path, f"sim/{i}").events]
+    causes = {event.detail["cause"] for event in events if event.event == "failed"}
+    assert causes == {"generator-0 died: killed"}  # without weights, it would fail at its first work
+
+
 def test_an_update_of_a_lost_generator_says_nothing_of_its_successor(tmp_path: Path) -> None:
     """It is given up while it takes version 1, which it does all the same; the new one must be given the weights."""
 
@@ -143,8 +151,6 @@ def test_an_update_of_a_lost_generator_says_nothing_of_its_successor(tmp_path: P
     assert simulation.spawns == 1
     assert summary["fates"] == {"trained": 12, "dropped": {}, "pending": 0}
     assert all(b.version == b.oldest for b in simulation.learner.batches)
-    events = [event for i in range(12) for event in read_story(tmp_path, f"sim/{i}").events]
-    assert not [e for e in events if e.event == "failed" and "has no weights" in e.detail["cause"]]
 
 
 def test_what_a_reward_worker_refuses_ends_the_run(tmp_path: Path) -> None:
