@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rlsys.cli.checks import check_config, load_tokenizer
+from rlsys.cli.plan import render
 from rlsys.cli.rundir import open_run_dir
 from rlsys.config.loading import load_config
 from rlsys.config.models import Config
@@ -28,9 +29,10 @@ INTERRUPTED = 130  # exit code, as shells have it
 def train(path: Path, overrides: Sequence[str]) -> None:
     """Train to the last step, or until Ctrl-C: the first ends with a checkpoint, the second at once."""
     config = load_config(path, overrides)
-    check_config(config)
+    checked = check_config(config)
     try:
         with open_run_dir(config) as run_dir, console_of(config, run_dir) as console, log_to(run_dir, console):
+            console.show(render(checked.plan))
             model_path = ensure_model(config, console)
             trackers = open_trackers(config, run_dir, console)
             console.note("starting the workers")

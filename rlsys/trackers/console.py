@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -62,6 +62,11 @@ class ConsoleTracker:
         elif self._mode == "plain":
             self._line(text)
 
+    def show(self, thing: RenderableType) -> None:
+        """A table or the like, above the progress."""
+        if self._mode != "none":
+            self._console.print(thing)
+
     def warn(self, text: str) -> None:
         """Something that the user should know, whatever the mode."""
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
@@ -98,8 +103,7 @@ class ConsoleTracker:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._stop()
-        if self._mode != "none":
-            self._console.print(final_table(self._name, self._run_dir, summary))
+        self.show(final_table(self._name, self._run_dir, summary))
 
     # ---- what it looks like ----
 
