@@ -88,7 +88,7 @@ class RayLearner:
         return report
 
     async def publish(self) -> PublishedWeights:
-        refs = [actor.publish.options(num_returns=2).remote() for actor in self.actors]
+        refs: list[Any] = [actor.publish.options(num_returns=2).remote() for actor in self.actors]
         weights: PublishedWeights = (await self._all([ref[0] for ref in refs]))[0]
         return replace(weights, payload=refs[0][1])
 

@@ -136,15 +136,17 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) in the model's type, on rank 0; other ranks take part and yield nothing.
 
-        A tensor is only good until the next one is asked for.
+        The tensors are good until the next update. Under ZeRO 3 they are copies in host memory, because the whole model
+        need not fit on one device.
         """
         import deepspeed
 
         for name, parameter in self._parameters:
             if self._stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    if dist.get_rank() == 0:
-                        yield name, parameter.data
+                    whole = parameter.data.to("cpu", copy=True) if dist.get_rank() == 0 else None
+                if whole is not None:
+                    yield name, whole
             elif dist.get_rank() == 0:
                 yield name, parameter.data
 

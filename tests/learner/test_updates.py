@@ -14,6 +14,7 @@ from rlsys.errors import NonFiniteError
 
 pytestmark = pytest.mark.slow
 LAYOUTS = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]  # ranks, ZeRO stage
+OFFLOADED = [(1, 2), (2, 3)]
 OPTIMIZER = {
     "learning_rate": 0.01,
     "betas": (0.8, 0.9),
@@ -85,13 +86,23 @@ def plain(tiny_model: Path, make_batch: Any) -> dict[str, Any]:
     return {"before": before, "after": {n: p.detach().numpy() for n, p in model.named_parameters()}, "norms": norms}
 
 
-@pytest.mark.parametrize(("ranks", "stage"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "stage", "offload"),
+    [*((*layout, False) for layout in LAYOUTS), *((*layout, True) for layout in OFFLOADED)],
+)
 def test_updates_equal_plain_adamw_with_a_refused_one_between(
-    worlds: dict[int, Any], make_config: Any, make_batch: Any, tiny_model: Path, plain: Any, ranks: int, stage: int
+    worlds: dict[int, Any],
+    make_config: Any,
+    make_batch: Any,
+    tiny_model: Path,
+    plain: Any,
+    ranks: int,
+    stage: int,
+    offload: bool,
 ) -> None:
     world = worlds[ranks]
     first, second = make_batch(rows=6, seed=1), make_batch(rows=9, seed=2)
-    config = make_config(zero_stage=stage, micro_batch_tokens=40, optimizer=OPTIMIZER)
+    config = make_config(zero_stage=stage, offload=offload, micro_batch_tokens=40, optimizer=OPTIMIZER)
     world.run("build", config=config, model_path=tiny_model)
     for metrics, skipped in world.run("update", batch=first):
         assert skipped is None
