@@ -115,7 +115,7 @@ def behaviour(draw: st.DrawFn) -> Behaviour:
     return Behaviour(is_async, draw(st.sampled_from(kinds)), draw(st.floats(0.0, 0.95)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(behaviour(), min_size=1, max_size=12), st.integers(1, 5))
 def test_exactly_the_guilty_are_given_up(behaviours: list[Behaviour], concurrency: int) -> None:
     expected = ["given up" if b.guilty else "answered" for b in behaviours]
