@@ -61,7 +61,11 @@ async def start_reference(config: Config, model_path: Path) -> RayReference:
     `reference.start_timeout_s`.
     """
     remote: Any = ray.remote(
-        num_cpus=0, num_gpus=1 if config.profile == "gpu" else 0, max_restarts=0, max_task_retries=0
+        num_cpus=0,
+        num_gpus=1 if config.profile == "gpu" else 0,
+        max_restarts=0,
+        max_task_retries=0,
+        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # see rlsys.actors.learner
     )(ReferenceActor)
     actor: ActorHandle[Any] = remote.remote()
     try:
