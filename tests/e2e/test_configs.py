@@ -36,9 +36,9 @@ def test_quickstart_asynchronous_with_updates_in_flight(rlsys: Rlsys, workplace:
     assert result["tokens"]["trained"] > 0
     assert result["tokens"]["generated"] >= result["tokens"]["trained"]
     assert result["wall_s"] > 0
-    assert result["versions"]["vllm"]
+    assert result["versions"]["packages"]["ray"]
 
-    steps = [line for line in metrics(run) if "learner/loss" in line or "train/loss" in line]
+    steps = [line for line in metrics(run) if "learner/loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:  # the sampler and the learner agree, at the start and after every update
         assert line["weights/probe_difference"] <= 1e-4
@@ -50,7 +50,7 @@ def test_quickstart_asynchronous_with_updates_in_flight(rlsys: Rlsys, workplace:
     # The result is an ordinary checkpoint.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = run / "checkpoints" / "step-6" / "learner" / "hf"
+    folder = run / "checkpoints" / "step-000006" / "learner" / "hf"
     assert AutoTokenizer.from_pretrained(folder).encode("1+2=")
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
 
@@ -82,14 +82,16 @@ def test_synchronous_runs_are_bit_identical_also_when_stopped_and_resumed(
     assert process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, f"left behind: {alive}"
-    stopped_at = max(int(path.name.removeprefix("step-")) for path in (workplace / "runs/stopped/checkpoints").iterdir())
+    stopped_at = max(
+        int(path.name.removeprefix("step-")) for path in (workplace / "runs/stopped/checkpoints").iterdir()
+    )
     assert 3 <= stopped_at < 6
 
     resumed = rlsys("train", *common, "--run.name", "stopped")
     assert resumed.returncode == 0, resumed.stdout
 
     weights = [
-        load_file(workplace / "runs" / name / "checkpoints" / "step-6" / "learner" / "hf" / "model.safetensors")
+        load_file(workplace / "runs" / name / "checkpoints" / "step-000006" / "learner" / "hf" / "model.safetensors")
         for name in ("straight", "stopped")
     ]
     assert weights[0].keys() == weights[1].keys()
