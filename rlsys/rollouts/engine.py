@@ -74,16 +74,22 @@ class VllmGenerator:
         self._rendezvous: Any = None
 
     async def start(self) -> None:
-        """Start the engine process, load the model, and generate a little, which does the one-off work of a first
-        request.
+        """Start the engine process, load the model, generate a little (a first request has one-off work to do).
 
-        Changes the environment variables of this process, from which the child takes its own.
+        Changes the environment variables of this process, from which the child takes its own. Raises ConfigError for
+        `rollout.engine.extra`, EngineError when the engine does not start.
         """
         prepare_environment(self._config, os.environ)
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._expected = ExpectedTensors.of(self._model_path)
-        self._engine = AsyncLLM.from_engine_args(engine_args(self._config, self._model_path))
+        arguments = engine_args(self._config, self._model_path)
+        try:
+            self._expected = ExpectedTensors.of(self._model_path)
+            self._engine = AsyncLLM.from_engine_args(arguments)
+        except (RuntimeError, ValueError, OSError) as error:
+            # What happened in the engine process is in the output of that process; vLLM says no more than that it
+            # failed.
+            raise EngineError(f"{self.name}: vLLM does not start with {self._model_path}: {error}") from error
         self._count_tokens(self._engine)
         with self._failures():
             await self._engine.update_weight_version(str(self.version))
@@ -200,6 +206,8 @@ class VllmGenerator:
             raise WeightUpdateError(f"{self.name} has version {self.version} already, which is newer than {version}")
         if len(weights.probe.token_ids) < 2:
             raise WeightUpdateError(f"weights of version {version} have no probe: it needs 2 tokens or more")
+        if self._config.weights.engine == "nccl":
+            nccl.init_info(weights.payload)
         self._expected.check(weights.manifest)
 
     async def _take(self, weights: PublishedWeights) -> UpdateReport:
@@ -306,6 +314,7 @@ class VllmGenerator:
     @contextmanager
     def _failures(self) -> Iterator[None]:
         """Turn vLLM's exceptions into ours."""
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -313,7 +322,7 @@ class VllmGenerator:
         except EngineDeadError as error:
             self._gone = self._gone or "its vLLM engine process ended"
             raise WorkerDied(self.name, self._gone) from error
-        except ValueError as error:
+        except (VLLMClientError, ValueError) as error:
             raise EngineError(f"{self.name}: vLLM refuses a request: {error}") from error
 
     async def _pause(self, clear_cache: bool) -> None:

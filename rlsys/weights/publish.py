@@ -7,7 +7,7 @@
 The manifest is plain data (str, int, list, dict), so it travels through JSON or msgpack. The checksum covers the
 payload and the table of tensors. It is xxh3-64: it guards against a wrong or damaged transfer, not against an attacker,
 and is as fast as memory (29 GB/s on one core where zlib.crc32 has 4 and blake3 2.4), because generation pauses while it
-is computed. `datasets` and `vllm`, which are needed anyway, bring the package.
+is computed. `datasets`, which is needed anyway, brings the package.
 """
 
 from __future__ import annotations
