@@ -6,6 +6,7 @@ ended by a second Ctrl-C. Only an exception that nobody foresaw shows its traceb
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +82,8 @@ def _checked_path(config: Path) -> Path:
 
 def main() -> None:
     """The entry point: runs a command, and turns a failure into a message and an exit code."""
+    # Several processes share the cores: idle OpenMP threads have to sleep, not spin. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

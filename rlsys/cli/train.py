@@ -140,9 +140,12 @@ def ensure_model(config: Config, console: ConsoleTracker) -> Path:
         return Path(config.model.path)
     from transformers.utils.logging import disable_progress_bar
 
+    from transformers.utils import logging as transformers_logging
+
     from rlsys.models.tiny import ensure_tiny_model
     from rlsys.prompts.sums import demonstrations
 
+    transformers_logging.disable_progress_bar()  # ours is on the screen
     disable_progress_bar()  # of the writing of one small file
 
     source, warm = config.prompts.train, tiny.warm_start

@@ -277,7 +277,7 @@ class LearnerConfig(Strict):
 
 
 class WeightsConfig(Strict):
-    engine: Literal["object_store", "nccl"] = Field("object_store", description="nccl: GPU profile only.")
+    engine: Literal["object_store", "nccl"] = Field("object_store", description="nccl: not there yet.")
     kv_cache: Literal["recompute", "keep"] = Field(
         "recompute", description="Running requests after an update: recompute their cache (exact) or keep the old one."
     )

@@ -271,14 +271,18 @@ def _choices(config: Config) -> list[str]:
             f"model.tiny.warm_start fits the model to worked sums, but prompts.train.kind is "
             f"{config.prompts.train.kind}: set model.tiny.warm_start.steps to 0, or give a model.path"
         )
+    if config.weights.engine == "nccl":
+        problems.append(
+            "weights.engine: the learner cannot send over nccl yet; use object_store"
+            if gpu
+            else "weights.engine: nccl needs profile: gpu; on profile cpu use object_store"
+        )
     if not gpu:
         if model.tiny is not None and model.tiny.head_dim not in _CPU_HEAD_SIZES:
             problems.append(
                 f"model.tiny.head_dim ({model.tiny.head_dim}) must be one that vLLM has on a CPU: "
                 f"{', '.join(map(str, _CPU_HEAD_SIZES))}"
             )
-        if config.weights.engine == "nccl":
-            problems.append("weights.engine: nccl needs profile: gpu; on profile cpu use object_store")
         if config.rollout.engine.tensor_parallel > 1:
             problems.append("rollout.engine.tensor_parallel needs profile: gpu; on profile cpu it is 1")
         if config.learner.offload:

@@ -21,7 +21,7 @@ RUN_TIMEOUT_S = 280
 # A model and batches that take a second a step, on any config that extends the quickstart.
 SMALL = [
     *("--model.tiny.hidden_size", "64", "--model.tiny.intermediate_size", "128", "--model.tiny.layers", "2"),
-    *("--model.tiny.head_dim", "16", "--model.tiny.warm_start.steps", "30"),
+    *("--model.tiny.warm_start.steps", "30"),
     *("--driver.prompts_per_step", "8", "--rollout.samples_per_prompt", "4"),
     *("--eval.prompts", "32", "--eval.every_prompts", "16", "--trackers.wandb.table_every", "2"),
 ]
