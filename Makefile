@@ -25,7 +25,7 @@ check: setup
 	$(BIN)/python -m pytest tests -m "not slow" -q
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m rlsys.sim
 
 # Resolve the dependencies anew (after a change of pyproject.toml).
 lock: setup

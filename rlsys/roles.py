@@ -64,8 +64,8 @@ class PublishedWeights:
 class UpdateReport:
     """What one generator says after a weight update. Seconds; `probe_difference` is the largest absolute one.
 
-    `transfer_s` is the time to have the bytes where the engine can read them, `load_s` to load them, `pause_s` to stop and to
-    go on again. Generation stands still for `pause_s + load_s`.
+    `transfer_s` is the time to have the bytes where the engine can read them, `load_s` to load them, `pause_s` to stop
+    and to go on again. Generation stands still for `pause_s + load_s`.
     """
 
     generator: str

@@ -1,6 +1,7 @@
 """Start every role of a run as Ray actors, and end them all again.
 
-`start_roles` is the only place that knows where things run. It gives the driver a `Roles`, which has no trace of Ray in it.
+`start_roles` is the only place that knows where things run. It gives the driver a `Roles`, which has no trace of Ray
+in it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CLOSE_TIMEOUT_S = 20.0
 
 def start_cluster(config: Config) -> None:
     """Join the configured Ray cluster, or start a private one on this machine."""
-    # Ray reports use over the network and sets up a dashboard unless told otherwise; W&B's key must not reach the workers' logs.
+    # Ray reports its use over the network unless told otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": f"rlsys-{config.run.name}"}
     if config.resources.ray_address is not None:

@@ -138,9 +138,8 @@ def ensure_model(config: Config, console: ConsoleTracker) -> Path:
     if tiny is None:
         assert config.model.path is not None
         return Path(config.model.path)
-    from transformers.utils.logging import disable_progress_bar
-
     from transformers.utils import logging as transformers_logging
+    from transformers.utils.logging import disable_progress_bar
 
     from rlsys.models.tiny import ensure_tiny_model
     from rlsys.prompts.sums import demonstrations

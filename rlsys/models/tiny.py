@@ -86,7 +86,7 @@ def fit(
         pairs = [next(demonstrations) for _ in range(config.batch_size)]
         rows = [tokenizer.encode(prompt + response) + [tokenizer.eos_token_id] for prompt, response in pairs]
         width = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        ids = torch.tensor([[*row, *[tokenizer.pad_token_id] * (width - len(row))] for row in rows])
         labels = ids.clone()
         for i, ((prompt, _), row) in enumerate(zip(pairs, rows, strict=True)):
             labels[i, : len(prompt)] = -100
@@ -114,7 +114,8 @@ def ensure_tiny_model(
 ) -> Path:
     """The folder of the built model; built first if it is not cached.
 
-    `fingerprint` identifies the demonstrations. The folder is written aside and renamed, so a half-built model is never found.
+    `fingerprint` identifies the demonstrations. The folder is written aside and renamed, so a half-built model is never
+    found.
     """
     wanted = f"{config.model_dump_json()}|{max_length}|{fingerprint}"
     folder = Path(config.cache_dir) / f"tiny-qwen3-{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
