@@ -84,7 +84,7 @@ def fit(
     model.train()
     for step in range(config.steps):
         pairs = [next(demonstrations) for _ in range(config.batch_size)]
-        rows = [tokenizer.encode(prompt + response) + [tokenizer.eos_token_id] for prompt, response in pairs]
+        rows = [[*tokenizer.encode(prompt + response), tokenizer.eos_token_id] for prompt, response in pairs]
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[tokenizer.pad_token_id] * (width - len(row))] for row in rows])
         labels = ids.clone()
