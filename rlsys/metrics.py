@@ -91,10 +91,11 @@ def merge(parts: Iterable[Metrics]) -> dict[str, Metric]:
             if name not in out:
                 out[name] = metric
                 continue
-            held: Any = out[name]
+            held = out[name]
             if type(held) is not type(metric):
                 raise TypeError(f"metric {name!r} is both {type(held).__name__} and {type(metric).__name__}")
-            out[name] = held + metric
+            add: Any = type(held).__add__  # of their common kind, which mypy cannot see
+            out[name] = add(held, metric)
     return out
 
 

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 SHORT = Sampling(n=3, max_new_tokens=24)
 # With two threads, rounding depends on what else is in a batch; with one it does not, and less could go wrong.
 ROLLOUT = {"engine": {"kv_cache_gib": 0.05, "max_num_seqs": 64, "threads": 2}}
-LONG = Sampling(n=2, max_new_tokens=180, ignore_eos=True)
+LONG = Sampling(n=2, max_new_tokens=240, ignore_eos=True)
 
 
 class Setting:
@@ -145,10 +145,11 @@ async def test_logprobs_are_those_of_transformers_at_start_and_after_every_updat
 
 async def updated_in_flight(setting: Setting, prompts: list[Prompt], pacers: list[Prompt]) -> list[RolloutGroup]:
     """Long rollouts, with three updates while they run and some tokens in between."""
+    versions = [setting.trainer.publish() for _ in pacers]
     running = await setting.generator.generate(prompts, LONG)
-    for pacer in pacers:
+    for pacer, weights in zip(pacers, versions, strict=True):
         await setting.sample([pacer], Sampling(n=1, max_new_tokens=15, ignore_eos=True))
-        await setting.generator.update(setting.trainer.publish())
+        await setting.generator.update(weights)
     groups = list(await asyncio.gather(*running))
     for group in groups:
         for rollout in group.rollouts:
@@ -186,14 +187,16 @@ async def test_a_new_request_never_sees_cached_states_of_old_weights(
 ) -> None:
     prompts = make_prompts(2, length=200, seed=4)  # more than one block of the cache
     for setting in (engine, keeping):
+        versions = [setting.trainer.publish() for _ in range(2)]
         # Something that runs all the time, for an idle engine starts with an empty cache in any case.
-        running = await setting.generator.generate(make_prompts(1, seed=5), LONG)
-        for _ in range(2):
-            groups = await setting.sample(prompts, Sampling(n=2, max_new_tokens=4))
-            assert setting.worst(groups) <= TOLERANCE
-            await setting.generator.update(setting.trainer.publish())
-        assert not running[0].done()
-        await running[0]
+        (running,) = await setting.generator.generate(make_prompts(1, seed=5), LONG)
+        groups = await setting.sample(prompts, Sampling(n=2, max_new_tokens=4))
+        for weights in versions:
+            await setting.generator.update(weights)
+            groups += await setting.sample(prompts, Sampling(n=2, max_new_tokens=4))
+        assert not running.done()
+        assert setting.worst(groups) <= TOLERANCE
+        await running
 
 
 async def test_seeds_reproduce_samples(engine: Setting, make_prompts: Callable[..., list[Prompt]]) -> None:
