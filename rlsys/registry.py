@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -28,6 +28,27 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+
+
+class Part:
+    """Base of everything that an algorithm is composed of: a dataclass whose fields with `init` are its options.
+
+    `name` is how configs call it, `paper` where its rule was published. `unverified` says which part of the rule could
+    not be checked against the paper or its code, and is empty when all of it was. Parts with memory keep it in
+    `state_dict`, in plain numbers, strings, lists and dicts.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    unverified: ClassVar[str] = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for a state that this part cannot have written."""
+        if state:
+            raise ValueError(f"{self.name} keeps no state, but the checkpoint has some: {sorted(state)}")
 
 
 def nearest(word: str, candidates: list[str]) -> str:

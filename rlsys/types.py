@@ -25,6 +25,22 @@ import numpy as np
 FinishReason = Literal["stop", "length"]
 RolloutStatus = Literal["ok", "truncated"]
 RewardStatus = Literal["ok", "timeout", "error"]
+Origin = Literal["policy", "expert", "greedy"]
+
+
+class Progress(NamedTuple):
+    """How far a run is: learner steps done, of how many."""
+
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """0 at the first step, 1 after the last."""
+        return min(1.0, self.step / self.steps)
+
+
+START = Progress()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +101,9 @@ class Rollout:
     text: str
     segments: tuple[Segment, ...] = ()
     parent: tuple[int, int] | None = None  # (sample, position) where this rollout branches off, for trees
+    # "expert": a demonstration out of the data, with log-probs 0 and no spans, since no weights sampled it;
+    # "greedy": the most likely response, for a baseline only
+    origin: Origin = "policy"
 
     @property
     def status(self) -> RolloutStatus:
@@ -201,10 +220,21 @@ class RolloutBatch:
     group_B: np.ndarray  # int64: rows of one prompt share a number 0, 1, 2, ...
     names_B: tuple[str, ...]  # "prompt-id#sample", for error messages and records
     reference_logprobs_BT: np.ndarray | None  # float32; None when the algorithm needs no reference
+    texts_B: tuple[str, ...] = ()  # responses
+    tasks_B: tuple[str, ...] = ()
+    components_BK: np.ndarray | None = None  # float32, the value of each reward function; NaN where it has none
+    component_names: tuple[str, ...] = ()  # [K]
+    finished_B: np.ndarray | None = None  # bool; False: cut at the length limit. None: all finished
+    expert_B: np.ndarray | None = None  # bool; demonstrations. None: there are none
+    greedy_B: np.ndarray | None = None  # bool; greedy baselines, whose mask is empty. None: there are none
 
     @property
     def rows(self) -> int:
         return len(self.names_B)
+
+    @property
+    def prompt_ids_B(self) -> tuple[str, ...]:
+        return tuple(name.rpartition("#")[0] for name in self.names_B)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,3 +252,16 @@ class TrainBatch:
     proximal_logprobs_BT: np.ndarray | None  # float32; decoupled objective only
     values_BT: np.ndarray | None  # float32; with a critic only
     returns_BT: np.ndarray | None  # float32; with a critic only
+    # float32 each: what parts of the algorithm leave for other parts of it
+    extras_BT: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StartOfStep:
+    """What the learner works out before the advantages, float32 [B, T]; None where the algorithm asks for none."""
+
+    values: np.ndarray | None = None  # the critic's, before each token
+    proximal: np.ndarray | None = None  # log-probs of the policy at the start of the step
+    entropy: np.ndarray | None = None  # its entropy
+    rescored: np.ndarray | None = None  # [B', T'], its log-probs of the rows that the algorithm wants to see again
+    progress: Progress = START

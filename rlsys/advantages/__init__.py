@@ -1,25 +1,38 @@
-"""Advantage estimators: one published rule per file, each a pure function on `[B, T]` tensors.
+"""Advantage estimators, and what stands before and after them: one published rule per file.
 
-To add one, add a file with a dataclass that extends `Estimator` and sets `name`; its fields are its options.
-Shapes: B rollouts, T response tokens; `mask` is True on the tokens that are trained on.
+    reward components -> combiner -> scores -> estimator -> adjustments -> advantages
+
+- an `Estimator` (modules of this package) turns scores into advantages;
+- a `Combiner` (`combiners`) makes one signal of several reward components;
+- an `Adjustment` (`adjustments`) changes advantages, or takes tokens out of the training.
+
+To add one, add a file to the package of its kind with a dataclass that extends the base class below and sets `name` and
+`paper`; its fields are its options. All of them run once a batch, on all rows, on the CPU.
+Shapes: B rollouts, T response tokens, K reward components; `mask` is True on the tokens that are trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from rlsys.metrics import Metric
+from rlsys.registry import Part
+from rlsys.types import START, Progress, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
-    """One batch, as float32 / bool / int64 torch tensors on the CPU."""
+    """One batch, as float32 / bool / int64 torch tensors on the CPU.
 
-    scores: Tensor  # [B], sequence rewards: the score plus KL in the reward; 0 where not scored (such rows are masked)
+    `scored` is False for rows that are to count in no statistics: those whose reward failed, greedy baselines, and
+    demonstrations unless the loss wants them in the group (`Loss.expert_in_group`).
+    """
+
+    scores: Tensor  # [B], sequence rewards: the score plus KL in the reward; 0 where there is none (a masked row)
     scored: Tensor  # bool [B]
     token_rewards: Tensor  # [B, T], the same by token: the score is on the last trained token
     mask: Tensor  # bool [B, T]
@@ -28,29 +41,70 @@ class AdvantageInputs:
     reference_logprobs: Tensor | None  # [B, T]
     values: Tensor | None  # [B, T], critic's value before each token
     prompt_ids: tuple[str, ...]  # of each row, for estimators that keep per-prompt state
+    # of the policy at the start of the step, [B, T]; given to parts that ask for it
+    proximal_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    rescored: Tensor | None = None  # [B', T'], log-probs of the rows that `Estimator.replay` asked for
+    token_ids: Tensor | None = None  # int64 [B, T], 0 in the padding
+    texts: tuple[str, ...] = ()  # [B], responses
+    tasks: tuple[str, ...] = ()  # [B]
+    components: Tensor | None = None  # [B, K], NaN where a reward function has no value
+    component_names: tuple[str, ...] = ()  # [K]
+    finished: Tensor | None = None  # bool [B], False: cut at the length limit; None: all finished
+    expert: Tensor | None = None  # bool [B], demonstrations; None: there are none
+    greedy: Tensor | None = None  # bool [B], greedy baselines, whose `scores` are real though `scored` is False
+    progress: Progress = START
 
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
+    """`mask` may take tokens out of the training, never add any. `extras` are for the loss (`LossInputs.extras`)."""
+
     advantages: Tensor  # float32 [B, T], 0 where masked
     returns: Tensor | None = None  # float32 [B, T], the critic's targets
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    mask: Tensor | None = None  # bool [B, T]; None: as in the inputs
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [B, T] each
 
 
-class Estimator:
-    """Base of all estimators. Stateful ones keep their state in `state_dict`."""
+class Estimator(Part):
+    """Base of all estimators."""
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
     needs_values: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    needs_proximal: ClassVar[bool] = False  # `proximal_logprobs`
+    needs_entropy: ClassVar[bool] = False  # `entropy`
+    needs_greedy: ClassVar[bool] = False  # one greedy rollout per prompt
+    provides: ClassVar[tuple[str, ...]] = ()  # names of its `extras`
 
     def __call__(self, inputs: AdvantageInputs) -> Advantages:
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+    def replay(self, batch: RolloutBatch) -> RolloutBatch | None:
+        """Rows of earlier batches whose log-probs under the policy at the start of this step are wanted, too."""
+        return None
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"{self.name} keeps no state, but the checkpoint has some: {sorted(state)}")
+
+class Combiner(Part):
+    """Makes one signal of the reward components."""
+
+    needs_components: ClassVar[bool] = True
+    estimates_often: ClassVar[bool] = False  # calls `estimate` more than once, so the estimator must be without memory
+
+    def __call__(self, inputs: AdvantageInputs, estimate: Callable[[Tensor], Advantages]) -> Advantages:
+        """`estimate(scores)` runs the estimator on scores [B] in the place of `inputs.scores`, which are the weighted
+        sum of the components; KL in the reward is added by it."""
+        raise NotImplementedError
+
+
+class Adjustment(Part):
+    """Changes what the estimator found."""
+
+    needs_reference: ClassVar[bool] = False
+    needs_proximal: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, inputs: AdvantageInputs, advantages: Advantages) -> Advantages:
+        """`inputs.mask` is what is left of the mask. Extras and returns of `advantages` are to be passed on."""
+        raise NotImplementedError

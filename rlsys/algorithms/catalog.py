@@ -73,14 +73,6 @@ def describe(name: str) -> AlgorithmInfo:
     """One preset. Raises ConfigError for an unknown name."""
     algorithm = Algorithm.from_config(AlgorithmConfig(preset=name))
     preset = presets()[name]
-    composed: dict[str, tuple[Any, ...]] = {
-        "advantage": (algorithm.estimator,),
-        "filter": algorithm.filters,
-        "loss": (algorithm.loss,),
-        "correction": (algorithm.correction,),
-        "regularize": algorithm.regularizers,
-        "aggregate": (algorithm.aggregation,),
-    }
     return AlgorithmInfo(
         name=name,
         title=preset.title,
@@ -89,7 +81,7 @@ def describe(name: str) -> AlgorithmInfo:
         paper=preset.paper,
         needs=tuple(need for need, needed in dataclasses.asdict(algorithm.needs).items() if needed),
         composition=algorithm.resolved(),
-        parts=tuple(_part(key, type(part)) for key, used in composed.items() for part in used),
+        parts=tuple(_part(key, type(part)) for key, used in algorithm.parts.items() for part in used),
     )
 
 

@@ -3,16 +3,17 @@
 What the learner does with it, for one batch::
 
     batch = collate(groups, reference)                      reference log-probs if needs.reference
-    values, proximal = ...                                  if needs.values, needs.proximal
+    start = StartOfStep(values, proximal, ...)              what else `needs` asks for
     for _ in range(epochs):
-        for train_batch in algorithm.train_batches(batch, prompt_ids, values, proximal)[0]:    computed once
-            loss = sum(algorithm.objective(inputs).per_token * loss_weights)                   over micro-batches
+        for train_batch in algorithm.train_batches(batch, start)[0]:                  computed once
+            train_batch = algorithm.prepare(train_batch, current log-probs)           looks at all rows
+            loss = sum(algorithm.objective(inputs).per_token * loss_weights)          over micro-batches
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,15 @@ import torch
 from torch import Tensor
 
 from rlsys import advantages
-from rlsys.advantages import AdvantageInputs, Estimator
+from rlsys.advantages import (
+    Adjustment,
+    AdvantageInputs,
+    Advantages,
+    Combiner,
+    Estimator,
+    adjustments,
+    combiners,
+)
 from rlsys.algorithms import filters
 from rlsys.algorithms.filters import GroupFilter
 from rlsys.algorithms.presets import resolve
@@ -42,11 +51,15 @@ from rlsys.losses import (
 )
 from rlsys.metrics import Last, Max, Mean, Metric, Min, Sum, merge
 from rlsys.registry import build
-from rlsys.types import GroupInfo, RolloutBatch, TrainBatch
+from rlsys.types import GroupInfo, Progress, RolloutBatch, StartOfStep, TrainBatch
+
+NOTHING = StartOfStep()
 
 # Where each kind of part lives, and its base class, by config key.
 KINDS: Mapping[str, tuple[ModuleType, type[Any]]] = {
+    "combine": (combiners, Combiner),
     "advantage": (advantages, Estimator),
+    "adjust": (adjustments, Adjustment),
     "filter": (filters, GroupFilter),
     "loss": (policy, Loss),
     "correction": (corrections, Correction),
@@ -63,6 +76,12 @@ class Needs:
     values: bool  # the critic's values
     proximal: bool  # log-probs recomputed by the learner at the start of the step
     entropy: bool  # of the current policy, at every token
+    start_entropy: bool = False  # of the policy at the start of the step
+    current: bool = False  # log-probs of the current policy before each update
+    current_entropy: bool = False
+    components: bool = False  # more than one reward function
+    greedy: bool = False  # a greedy rollout of every prompt
+    expert: bool = False  # a demonstration of every prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +89,9 @@ class Algorithm:
     """Build with `from_config`."""
 
     preset: str
+    combiner: Combiner
     estimator: Estimator
+    adjustments: tuple[Adjustment, ...]
     filters: tuple[GroupFilter, ...]
     loss: Loss
     correction: Correction
@@ -98,9 +119,17 @@ class Algorithm:
                 f"algorithm.critic: the advantage {estimator.name!r} does not use a critic; remove the key, or choose "
                 "an advantage that does, such as gae"
             )
-        return cls(
+        combiner: Combiner = _part("combine", plan.combine)
+        if combiner.estimates_often and estimator.state_dict():
+            raise ConfigError(
+                f"algorithm.combine: {combiner.name!r} estimates the advantages of every reward component apart, but "
+                f"{estimator.name!r} remembers earlier batches; choose an advantage without memory, such as grpo"
+            )
+        algorithm = cls(
             preset=config.preset,
+            combiner=combiner,
             estimator=estimator,
+            adjustments=tuple(_part("adjust", part, i) for i, part in enumerate(plan.adjust)),
             filters=tuple(_part("filter", part, i) for i, part in enumerate(plan.filter)),
             loss=_part("loss", plan.loss),
             correction=_part("correction", plan.correction),
@@ -111,23 +140,60 @@ class Algorithm:
             # A preset's critic goes when the config chooses an advantage that needs none.
             critic=plan.critic if estimator.needs_values else None,
         )
+        provided = {name for part in algorithm._before for name in part.provides}
+        for part in algorithm._in_loss:
+            if missing := sorted(set(part.needs_extras) - provided):
+                raise ConfigError(
+                    f"algorithm.loss: {part.name!r} needs {', '.join(missing)}, which neither the advantage "
+                    f"{estimator.name!r} nor an adjustment provides; use the parts of the preset that has {part.name!r}"
+                )
+        return algorithm
 
     @property
     def needs(self) -> Needs:
-        parts = (self.loss, self.correction, *self.regularizers)
-        in_loss = (self.loss, self.correction, *(part for part in self.regularizers if not part.in_reward))
+        before, after = self._before, self._in_loss
         return Needs(
-            reference=self.estimator.needs_reference or any(part.needs_reference for part in parts),
+            reference=any(part.needs_reference for part in (*before, *after, *self.regularizers)),
             values=self.estimator.needs_values,
-            proximal=self.correction.needs_proximal,
-            entropy=any(part.needs_entropy for part in in_loss),
+            proximal=any(part.needs_proximal for part in (*before, *after)),
+            entropy=any(part.needs_entropy for part in after),
+            start_entropy=any(part.needs_entropy for part in before),
+            current=any(part.needs_current or part.needs_current_entropy for part in after),
+            current_entropy=any(part.needs_current_entropy for part in after),
+            components=self.combiner.needs_components,
+            greedy=self.estimator.needs_greedy,
+            expert=self.loss.needs_expert,
         )
+
+    @property
+    def _before(self) -> tuple[Estimator | Adjustment, ...]:
+        return (self.estimator, *self.adjustments)
+
+    @property
+    def _in_loss(self) -> tuple[Loss | Correction | Regularizer, ...]:
+        return (self.loss, self.correction, *(part for part in self.regularizers if not part.in_reward))
+
+    @property
+    def parts(self) -> dict[str, tuple[Any, ...]]:
+        """All parts by config key."""
+        return {
+            "combine": (self.combiner,),
+            "advantage": (self.estimator,),
+            "adjust": self.adjustments,
+            "filter": self.filters,
+            "loss": (self.loss,),
+            "correction": (self.correction,),
+            "regularize": self.regularizers,
+            "aggregate": (self.aggregation,),
+        }
 
     def resolved(self) -> dict[str, Any]:
         """The full composition, every option with its value, in the shape of the config's `algorithm`."""
         return {
             "preset": self.preset,
+            "combine": _resolved(self.combiner),
             "advantage": _resolved(self.estimator),
+            "adjust": [_resolved(part) for part in self.adjustments],
             "filter": [_resolved(part) for part in self.filters],
             "loss": _resolved(self.loss),
             "correction": _resolved(self.correction),
@@ -144,78 +210,165 @@ class Algorithm:
 
     # ---- once a batch ---------------------------------------------------------------------------------------------
 
+    def replay(self, batch: RolloutBatch) -> RolloutBatch | None:
+        """Rows of earlier batches whose log-probs are wanted as `StartOfStep.rescored`."""
+        return self.estimator.replay(batch)
+
     def train_batches(
-        self,
-        batch: RolloutBatch,
-        prompt_ids: Sequence[str],
-        values: np.ndarray | None = None,
-        proximal: np.ndarray | None = None,
+        self, batch: RolloutBatch, start: StartOfStep = NOTHING
     ) -> tuple[list[TrainBatch], dict[str, Metric]]:
         """Advantages of the whole batch, cut into one `TrainBatch` per optimizer step.
 
-        `prompt_ids` has one entry per row; `values` and `proximal` are float32 [B, T] and given as `needs` says. Groups
-        stay whole; the aggregation's normaliser is that of one step. Rows with nothing to train on are left out, and so
-        is a step without rows: the list may be empty. Estimators with memory advance by one batch.
+        Groups stay whole; the aggregation's normaliser is that of one step. Rows with nothing to train on are left out,
+        and so is a step without rows: the list may be empty. Parts with memory advance by one batch.
 
         Raises LearnerError when something needed is not there, NonFiniteError naming the first rollout with a number
         that is not finite.
         """
         for what, needed, array in (
             ("reference log-probs", self.needs.reference, batch.reference_logprobs_BT),
-            ("values", self.needs.values, values),
-            ("proximal log-probs", self.needs.proximal, proximal),
+            ("values", self.needs.values, start.values),
+            ("proximal log-probs", self.needs.proximal, start.proximal),
+            ("entropies", self.needs.start_entropy, start.entropy),
         ):
             if needed and array is None:
                 raise LearnerError(f"the algorithm {self.preset!r} needs {what}, but the batch came without")
-        inputs, metrics = self._advantage_inputs(batch, prompt_ids, values)
-        estimated = self.estimator(inputs)
+        inputs = self._advantage_inputs(batch, start)
+        estimated, metrics = self._estimate(inputs)
+        mask = inputs.mask if estimated.mask is None else estimated.mask & inputs.mask
+        batch = replace(batch, mask_BT=mask.numpy())
         steps: list[np.ndarray] = minibatches(batch.group_B, self.minibatches)
         weights = np.zeros(batch.mask_BT.shape, dtype=np.float32)
         for rows in steps:
-            weights[rows] = self.aggregation(inputs.mask[torch.from_numpy(rows)]).numpy()
+            weights[rows] = self._weights(mask[torch.from_numpy(rows)], batch, rows)
         whole = build_train_batch(
             batch,
             estimated.advantages.numpy(),
             weights,
-            proximal=proximal,
-            values=values,
+            proximal=start.proximal,
+            values=start.values,
             returns=None if estimated.returns is None else estimated.returns.numpy(),
+            extras={name: extra.numpy() for name, extra in estimated.extras.items()},
         )
         trained = np.asarray(batch.mask_BT.any(axis=1))
         out = [select_rows(whole, rows[trained[rows]]) for rows in steps if trained[rows].any()]
         return out, merge([metrics, estimated.metrics, _measured(whole)])
 
-    def _advantage_inputs(
-        self, batch: RolloutBatch, prompt_ids: Sequence[str], values: np.ndarray | None
-    ) -> tuple[AdvantageInputs, dict[str, Metric]]:
+    def _advantage_inputs(self, batch: RolloutBatch, start: StartOfStep) -> AdvantageInputs:
+        """Everything but what the regularisers add to the rewards."""
         mask = torch.tensor(batch.mask_BT)
-        scored = torch.tensor(batch.scored_B)
-        behavior = _masked(batch.behavior_logprobs_BT, mask)
-        reference = None if batch.reference_logprobs_BT is None else _masked(batch.reference_logprobs_BT, mask)
-        scores = torch.where(scored, torch.tensor(batch.scores_B), 0.0)
-        token_rewards = torch.zeros(mask.shape)
-        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # of the trained tokens; meaningless without any
-        token_rewards[torch.arange(len(mask)), last] = torch.where(mask.any(1), scores, 0.0)
-        metrics: dict[str, Metric] = {}
-        penalties = [part for part in self.regularizers if part.in_reward]
-        if penalties:
-            assert reference is not None  # every regulariser with in_reward needs it
-            added = torch.stack([part.reward(behavior, reference, mask) for part in penalties]).sum(0)
-            token_rewards += added
-            scores += added.sum(1)
-            metrics["rewards/added_by_regularizers"] = Mean(float(added.sum()), float(scored.sum()))
-        inputs = AdvantageInputs(
+        rated = torch.tensor(batch.scored_B)  # has a score, whether or not it is to count
+        counts = rated
+        if batch.greedy_B is not None:
+            counts = counts & ~torch.tensor(batch.greedy_B)
+        if batch.expert_B is not None and not self.loss.expert_in_group:
+            counts = counts & ~torch.tensor(batch.expert_B)
+        scores = torch.where(rated, torch.tensor(batch.scores_B), 0.0)
+
+        def masked(array: np.ndarray | None) -> Any:
+            return None if array is None else _masked(array, mask)
+
+        def tensor(array: np.ndarray | None) -> Any:
+            return None if array is None else torch.tensor(array)
+
+        return AdvantageInputs(
             scores=scores,
-            scored=scored,
-            token_rewards=token_rewards,
+            scored=counts,
+            token_rewards=_on_last_token(scores, mask),
             mask=mask,
             group=torch.tensor(batch.group_B),
-            behavior_logprobs=behavior,
-            reference_logprobs=reference,
-            values=None if values is None else _masked(values, mask),
-            prompt_ids=tuple(prompt_ids),
+            behavior_logprobs=_masked(batch.behavior_logprobs_BT, mask),
+            reference_logprobs=masked(batch.reference_logprobs_BT),
+            values=masked(start.values),
+            prompt_ids=batch.prompt_ids_B,
+            proximal_logprobs=masked(start.proximal),
+            entropy=masked(start.entropy),
+            rescored=tensor(start.rescored),
+            token_ids=torch.from_numpy(_responses(batch)),
+            texts=batch.texts_B,
+            tasks=batch.tasks_B,
+            components=tensor(batch.components_BK),
+            component_names=batch.component_names,
+            finished=tensor(batch.finished_B),
+            expert=tensor(batch.expert_B),
+            greedy=tensor(batch.greedy_B),
+            progress=start.progress,
         )
-        return inputs, metrics
+
+    def _estimate(self, inputs: AdvantageInputs) -> tuple[Advantages, dict[str, Metric]]:
+        """Combiner, estimator, adjustments."""
+        metrics: dict[str, Metric] = {}
+        added = torch.zeros(inputs.mask.shape)
+        for part in self.regularizers:
+            if part.in_reward:
+                assert inputs.reference_logprobs is not None  # every regulariser with in_reward needs it
+                added += part.reward(inputs.behavior_logprobs, inputs.reference_logprobs, inputs.mask)
+        if any(part.in_reward for part in self.regularizers):
+            metrics["rewards/added_by_regularizers"] = Mean(float(added.sum()), float(inputs.scored.sum()))
+
+        def estimate(scores: Tensor) -> Advantages:
+            scores = scores.float()
+            return self.estimator(
+                replace(
+                    inputs,
+                    scores=scores + added.sum(1),
+                    token_rewards=_on_last_token(scores, inputs.mask) + added,
+                )
+            )
+
+        out = self.combiner(inputs, estimate)
+        parts = [metrics, out.metrics]
+        for adjustment in self.adjustments:
+            left = inputs if out.mask is None else replace(inputs, mask=inputs.mask & out.mask)
+            out = adjustment(left, replace(out, metrics={}))
+            parts.append(out.metrics)
+        return out, merge(parts)
+
+    def _weights(self, mask: Tensor, batch: RolloutBatch, rows: np.ndarray) -> np.ndarray:
+        """Loss weights [b, T] of the rows of one step."""
+        if self.loss.expert_normalizer == "shared" or batch.expert_B is None:
+            return np.asarray(self.aggregation(mask).numpy())
+        expert = torch.from_numpy(batch.expert_B[rows])[:, None]
+        return np.asarray((self.aggregation(mask & expert) + self.aggregation(mask & ~expert)).numpy())
+
+    # ---- once an update -------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        batch: TrainBatch,
+        progress: Progress,
+        current: np.ndarray | None = None,
+        entropy: np.ndarray | None = None,
+    ) -> TrainBatch:
+        """The batch with the extras of its loss, correction and regularisers, which see all its rows at once.
+
+        `current` and `entropy` are float32 [B, T] of the policy that is about to be updated, given as `needs` says.
+        """
+        rollouts = batch.rollouts
+        mask = torch.from_numpy(np.asarray(rollouts.mask_BT))
+        proximal = rollouts.behavior_logprobs_BT if batch.proximal_logprobs_BT is None else batch.proximal_logprobs_BT
+
+        def masked(array: np.ndarray | None) -> Any:
+            return None if array is None else _masked(array, mask)
+
+        inputs = LossInputs(
+            logprobs=_masked(proximal if current is None else current, mask),
+            behavior_logprobs=_masked(rollouts.behavior_logprobs_BT, mask),
+            proximal_logprobs=_masked(proximal, mask),
+            reference_logprobs=masked(rollouts.reference_logprobs_BT),
+            entropy=masked(entropy),
+            advantages=_masked(batch.advantages_BT, mask),
+            mask=mask,
+            group=torch.tensor(rollouts.group_B),
+            expert=None if rollouts.expert_B is None else torch.tensor(rollouts.expert_B),
+            extras={name: _masked(extra, mask) for name, extra in batch.extras_BT.items()},
+            progress=progress,
+        )
+        extras = dict(batch.extras_BT)
+        with torch.no_grad():
+            for part in self._in_loss:
+                extras |= {name: extra.float().numpy() for name, extra in part.prepare(inputs).items()}
+        return replace(batch, extras_BT=extras)
 
     # ---- once a micro-batch ---------------------------------------------------------------------------------------
 
@@ -236,16 +389,24 @@ class Algorithm:
 
     def state_dict(self) -> dict[str, Any]:
         """Memory of the stateful parts, in plain numbers, strings, lists and dicts."""
-        return {"advantage": {"name": self.estimator.name, "state": self.estimator.state_dict()}}
+        return {
+            key: [{"name": part.name, "state": part.state_dict()} for part in parts]
+            for key, parts in self.parts.items()
+            if key != "filter"  # filters work in the driver, and remember nothing
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises LearnerError when the state is another estimator's."""
-        saved = state["advantage"]
-        if saved["name"] != self.estimator.name:
-            raise LearnerError(
-                f"the checkpoint was made with advantage {saved['name']!r}, the config has {self.estimator.name!r}"
-            )
-        self.estimator.load_state_dict(saved["state"])
+        """Raises LearnerError when the state is that of other parts."""
+        for key, saved in state.items():
+            parts = self.parts[key]
+            there, here = [entry["name"] for entry in saved], [part.name for part in parts]
+            if there != here:
+                raise LearnerError(
+                    f"the checkpoint was made with {key} {', '.join(there) or 'none'}; "
+                    f"the config has {', '.join(here) or 'none'}"
+                )
+            for part, entry in zip(parts, saved, strict=True):
+                part.load_state_dict(entry["state"])
 
 
 def _part(kind: str, config: PartConfig, place: int | None = None) -> Any:
@@ -264,13 +425,38 @@ def _masked(array: np.ndarray, mask: Tensor) -> Tensor:
     return torch.tensor(array).float().masked_fill(~mask, 0)
 
 
+def _on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
+    """Token rewards [B, T] with each score [B] on the last trained token of its row."""
+    token_rewards = torch.zeros(mask.shape)
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # meaningless without any
+    token_rewards[torch.arange(len(mask)), last] = torch.where(mask.any(1), scores, 0.0)
+    return token_rewards
+
+
+def _responses(batch: RolloutBatch) -> np.ndarray:
+    """Token ids of the responses, int64 [B, T], 0 in the padding."""
+    columns = np.arange(batch.mask_BT.shape[1])
+    places = np.minimum(batch.prompt_lengths_B[:, None] + columns, batch.input_ids_BL.shape[1] - 1)
+    inside = columns < batch.response_lengths_B[:, None]
+    return np.where(inside, np.take_along_axis(batch.input_ids_BL, places, axis=1), 0)
+
+
 def _blank(inputs: LossInputs) -> LossInputs:
     """The same with 0 in masked places, where nothing can then flow back from."""
-    out = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    for name, value in out.items():
-        if name != "mask" and value is not None:
-            out[name] = torch.where(inputs.mask, value, 0.0)
-    return LossInputs(**out)
+
+    def blank(value: Tensor | None) -> Any:
+        return None if value is None else torch.where(inputs.mask, value, 0.0)
+
+    return replace(
+        inputs,
+        logprobs=blank(inputs.logprobs),
+        behavior_logprobs=blank(inputs.behavior_logprobs),
+        proximal_logprobs=blank(inputs.proximal_logprobs),
+        reference_logprobs=blank(inputs.reference_logprobs),
+        entropy=blank(inputs.entropy),
+        advantages=blank(inputs.advantages),
+        extras={name: blank(extra) for name, extra in inputs.extras.items()},
+    )
 
 
 def _measured(batch: TrainBatch) -> dict[str, Metric]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from rlsys.config.models import AlgorithmConfig, CriticConfig, PartConfig, PositiveInt, Strict
 from rlsys.errors import ConfigError
@@ -16,7 +17,10 @@ from rlsys.registry import nearest
 
 
 class Preset(Strict):
-    """A published method. `advantage`, `loss` and `aggregate` name their part; the rest may be left out."""
+    """A published method. `advantage`, `loss` and `aggregate` name their part; the rest may be left out.
+
+    `family` is one of FAMILIES.
+    """
 
     title: str
     paper: str
@@ -25,12 +29,17 @@ class Preset(Strict):
     advantage: PartConfig
     loss: PartConfig
     aggregate: PartConfig
+    combine: PartConfig = PartConfig(name="weighted-sum")
+    adjust: tuple[PartConfig, ...] = ()
     filter: tuple[PartConfig, ...] = ()
     correction: PartConfig = PartConfig(name="none")
     regularize: tuple[PartConfig, ...] = ()
     epochs: PositiveInt = 1
     minibatches: PositiveInt = 1
     critic: CriticConfig | None = None
+    # What the method wants elsewhere in the config, by dotted key; shown, not applied.
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    unverified: str = ""  # what of the composition could not be checked against the paper or its code
 
 
 @cache
@@ -51,7 +60,7 @@ def resolve(config: AlgorithmConfig) -> Preset:
     """The config's preset with the config's changes.
 
     A part given without a name, or with the name that the preset has there, keeps the preset's other options; one with
-    another name replaces it. Lists (`filter`, `regularize`) are replaced whole.
+    another name replaces it. Lists (`adjust`, `filter`, `regularize`) are replaced whole.
     """
     known = presets()
     if config.preset not in known:
@@ -60,11 +69,11 @@ def resolve(config: AlgorithmConfig) -> Preset:
         )
     preset = known[config.preset]
     changes: dict[str, object] = {}
-    for key in ("advantage", "loss", "correction", "aggregate"):
+    for key in ("combine", "advantage", "loss", "correction", "aggregate"):
         given = getattr(config, key)
         if given is not None:
             changes[key] = _changed(given, getattr(preset, key))
-    for key in ("filter", "regularize", "epochs", "minibatches"):
+    for key in ("adjust", "filter", "regularize", "epochs", "minibatches"):
         given = getattr(config, key)
         if given is not None:
             changes[key] = given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ Batch = TypeVar("Batch", RolloutBatch, TrainBatch)
 
 def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarray]] | None = None) -> RolloutBatch:
     """Right-padded arrays of all rollouts of `groups`, in order; group i gets number i in `group_B`.
+
+    Columns of `components_BK` are the reward functions that had a value for any rollout, by name.
 
     `reference[i][j]` is the reference policy's float32 [T] log-probs of rollout j of group i. T and L are at least 1.
     An unscored rollout keeps its row, with an empty mask.
@@ -53,6 +55,9 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
     reference_logprobs = None if reference is None else np.zeros((count, width), dtype=np.float32)
     scores = np.full(count, np.nan, dtype=np.float32)
     scored = np.zeros(count, dtype=bool)
+    component_names = tuple(sorted({name for _, _, _, reward, _ in rows for name in reward.components}))
+    components = np.full((count, len(component_names)), np.nan, dtype=np.float32)
+    origins = np.array([rollout.origin for _, _, rollout, *_ in rows], dtype=object)
     for b, (_, prompt, rollout, reward, row_reference) in enumerate(rows):
         start, length = len(prompt), len(rollout.token_ids)
         input_ids[b, :start] = prompt
@@ -62,7 +67,8 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
         scored[b] = reward.status == "ok"
         if scored[b]:
             scores[b] = reward.score
-            mask[b, :length] = rollout.action_mask
+            mask[b, :length] = rollout.action_mask & (rollout.origin != "greedy")
+            components[b] = [reward.components.get(name, np.nan) for name in component_names]
         if reference_logprobs is not None and row_reference is not None:
             reference_logprobs[b, :length] = row_reference
     return RolloutBatch(
@@ -77,6 +83,13 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
         group_B=np.array(numbers, dtype=np.int64),
         names_B=tuple(name for name, *_ in rows),
         reference_logprobs_BT=reference_logprobs,
+        texts_B=tuple(rollout.text for _, _, rollout, *_ in rows),
+        tasks_B=tuple(group.prompt.task for group in groups for _ in group.rollouts),
+        components_BK=components,
+        component_names=component_names,
+        finished_B=np.array([rollout.finish_reason == "stop" for _, _, rollout, *_ in rows], dtype=bool),
+        expert_B=origins == "expert",
+        greedy_B=origins == "greedy",
     )
 
 
@@ -108,6 +121,7 @@ def build_train_batch(
     proximal: np.ndarray | None = None,
     values: np.ndarray | None = None,
     returns: np.ndarray | None = None,
+    extras: Mapping[str, np.ndarray] | None = None,
 ) -> TrainBatch:
     """One optimizer step's worth of rows; every array is [B, T], and is made float32 and 0 where masked.
 
@@ -133,6 +147,7 @@ def build_train_batch(
         proximal_logprobs_BT=prepared("proximal log-probs", proximal),
         values_BT=prepared("values", values),
         returns_BT=prepared("returns", returns),
+        extras_BT={name: prepared(name, array) for name, array in (extras or {}).items()},
     )
 
 
@@ -153,11 +168,15 @@ def select_rows(batch: Batch, rows: Sequence[int] | np.ndarray) -> Batch:
             value = getattr(source, field.name)
             if field.name.endswith("_BL"):
                 out[field.name] = value[index, :full_width]
-            elif field.name.endswith("_BT") and value is not None:
+            elif isinstance(value, Mapping):
+                out[field.name] = {name: array[index, :width] for name, array in value.items()}
+            elif value is None:
+                continue
+            elif field.name.endswith("_BT"):
                 out[field.name] = value[index, :width]
-            elif field.name == "names_B":
-                out[field.name] = tuple(value[i] for i in index)
-            elif field.name.endswith("_B"):
+            elif isinstance(value, tuple) and field.name.endswith("_B"):
+                out[field.name] = tuple(value[i] for i in index) if value else ()
+            elif field.name.endswith(("_B", "_BK")):
                 out[field.name] = value[index]
         return out
 

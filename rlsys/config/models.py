@@ -233,7 +233,9 @@ class AlgorithmConfig(Strict):
     """A preset, and what is to differ from it. A field left out has the preset's value."""
 
     preset: str = "grpo"
+    combine: PartConfig | None = Field(None, description="One signal out of several reward components.")
     advantage: PartConfig | None = None
+    adjust: tuple[PartConfig, ...] | None = Field(None, description="Changes of the advantages, in this order.")
     filter: tuple[PartConfig, ...] | None = None
     loss: PartConfig | None = None
     correction: PartConfig | None = Field(None, description="Off-policy weight: none, truncated importance, ...")

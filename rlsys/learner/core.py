@@ -32,7 +32,7 @@ from rlsys.losses.value import value_loss
 from rlsys.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_causal_lm, torch_dtype
 from rlsys.models.logprobs import PolicyModel, ValueModel
-from rlsys.types import RolloutBatch, TrainBatch
+from rlsys.types import Progress, RolloutBatch, TrainBatch
 
 
 class Objective(Protocol):
@@ -95,26 +95,40 @@ class Learner:
 
     # ---- scoring ----------------------------------------------------------------------------------------------------
 
-    def logprobs(self, batch: RolloutBatch) -> np.ndarray:
-        """The current policy's log-probs at the sampling temperature, float32 [B, T], on every rank."""
-        return self._score(self.policy, batch, lambda rows: self._policy(rows, entropy=False)[0])
+    def logprobs(self, batch: RolloutBatch, *, entropy: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """The current policy's log-probs at the sampling temperature, and its entropies in nats where asked for.
+
+        Each float32 [B, T], the same on every rank.
+        """
+
+        def forward(rows: RolloutBatch) -> list[Tensor]:
+            logprobs, entropies = self._policy(rows, entropy)
+            return [logprobs] if entropies is None else [logprobs, entropies]
+
+        scores = self._score(self.policy, batch, forward)
+        return scores[0], scores[1] if entropy else None
 
     def values(self, batch: RolloutBatch) -> np.ndarray:
         """The critic's value before each response token, float32 [B, T], on every rank."""
         assert self.critic is not None
-        return self._score(self.critic, batch, self._values)
+        return self._score(self.critic, batch, lambda rows: [self._values(rows)])[0]
 
     @torch.no_grad()
-    def _score(self, engine: Engine, batch: RolloutBatch, forward: Callable[[RolloutBatch], Tensor]) -> np.ndarray:
+    def _score(
+        self, engine: Engine, batch: RolloutBatch, forward: Callable[[RolloutBatch], list[Tensor]]
+    ) -> list[np.ndarray]:
         engine.train(False)
-        out = torch.zeros(batch.mask_BT.shape, device=self._device)
+        found: list[Tensor] = []
         for rows in self._micro_batches(batch, np.arange(batch.rows)):
-            part = select_rows(batch, rows if rows else [0])
-            scores = forward(part)
-            if rows:
-                out[rows, : scores.shape[1]] = scores
-        dist.all_reduce(out)  # every row is filled in by one rank, and zero on the others
-        return out.cpu().numpy()
+            scores = forward(select_rows(batch, rows if rows else [0]))
+            if not found:
+                found = [torch.zeros(batch.mask_BT.shape, device=self._device) for _ in scores]
+            for whole, part in zip(found, scores, strict=True):
+                if rows:
+                    whole[rows, : part.shape[1]] = part
+        for whole in found:
+            dist.all_reduce(whole)  # every row is filled in by one rank, and zero on the others
+        return [whole.cpu().numpy() for whole in found]
 
     @torch.no_grad()
     def probe(self, token_ids: Sequence[int]) -> list[float]:
@@ -191,6 +205,7 @@ class Learner:
         for engine in self.engines.values():
             engine.train(True)
         trained = float(batch.rollouts.mask_BT.sum())
+        progress = Progress(self.version, self.config.run.steps)
         micro_batches = self._micro_batches(batch.rollouts, rows)
         for k, own in enumerate(micro_batches):
             last = k == len(micro_batches) - 1
@@ -202,7 +217,7 @@ class Learner:
                 logprobs, entropies = self._policy(part.rollouts, entropy)
                 if logprobs.requires_grad:
                     logprobs.register_hook(_Watch(names, tally.non_finite))
-                result = objective(tensors.loss_inputs(logprobs, entropies))
+                result = objective(tensors.loss_inputs(logprobs, entropies, progress))
                 loss = (result.per_token * tensors.weights).sum()
                 _note(names, tally.non_finite, logprobs.masked_fill(~tensors.mask, 0), result.per_token)
                 self.policy.backward(loss, last=last)
@@ -310,8 +325,11 @@ class _Tensors:
         self.advantages = tensor(batch.advantages_BT)
         self.values = tensor(batch.values_BT)
         self.returns = tensor(batch.returns_BT)
+        self.group = tensor(rollouts.group_B)
+        self.expert = tensor(rollouts.expert_B)
+        self.extras = {name: tensor(extra) for name, extra in batch.extras_BT.items()}
 
-    def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None) -> LossInputs:
+    def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None, progress: Progress) -> LossInputs:
         return LossInputs(
             logprobs=logprobs,
             behavior_logprobs=self.behavior,
@@ -320,6 +338,10 @@ class _Tensors:
             entropy=entropy,
             advantages=self.advantages,
             mask=self.mask,
+            group=self.group,
+            expert=self.expert,
+            extras=self.extras,
+            progress=progress,
         )
 
 
@@ -350,7 +372,8 @@ def _differences(
     differ by. `off_policy_difference` is over all tokens: that, and the age of the weights that sampled.
     """
     difference = (logprobs.detach() - tensors.behavior).abs()
-    out = token_means(tensors.mask, {"learner/off_policy_difference": difference})
+    sampled = tensors.mask if tensors.expert is None else tensors.mask & ~tensors.expert[:, None]
+    out = token_means(sampled, {"learner/off_policy_difference": difference})
     if entropies is not None:
         out |= token_means(tensors.mask, {"learner/entropy": entropies})
     if fresh:

@@ -27,7 +27,7 @@ from rlsys.learner.core import Learner, Objective
 from rlsys.metrics import Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_tokenizer
 from rlsys.roles import Probe, PublishedWeights, StepReport
-from rlsys.types import RolloutBatch, ScoredGroup, TrainBatch
+from rlsys.types import Progress, RolloutBatch, ScoredGroup, StartOfStep, TrainBatch
 from rlsys.weights.publish import pack
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ class Needs(Protocol):
     def proximal(self) -> bool: ...
     @property
     def entropy(self) -> bool: ...
+    @property
+    def start_entropy(self) -> bool: ...
+    @property
+    def current(self) -> bool: ...
+    @property
+    def current_entropy(self) -> bool: ...
 
 
 class Algorithm(Protocol):
@@ -62,9 +68,13 @@ class Algorithm(Protocol):
     @property
     def objective(self) -> Objective: ...
 
-    def train_batches(
-        self, batch: RolloutBatch, prompt_ids: Sequence[str], values: np.ndarray | None, proximal: np.ndarray | None
-    ) -> tuple[list[TrainBatch], dict[str, Metric]]: ...
+    def replay(self, batch: RolloutBatch) -> RolloutBatch | None: ...
+
+    def train_batches(self, batch: RolloutBatch, start: StartOfStep) -> tuple[list[TrainBatch], dict[str, Metric]]: ...
+
+    def prepare(
+        self, batch: TrainBatch, progress: Progress, current: np.ndarray | None, entropy: np.ndarray | None
+    ) -> TrainBatch: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -132,7 +142,7 @@ class LearnerRank:
         for _ in range(self._algorithm.epochs):
             for train_batch in train_batches:
                 update, refused = self.learner.update(
-                    train_batch,
+                    self._prepared(train_batch),
                     self._algorithm.objective,
                     entropy=self._algorithm.needs.entropy,
                     fresh=updates == 0,
@@ -162,9 +172,30 @@ class LearnerRank:
         batch = collate(groups, reference)
         needs = self._algorithm.needs
         values = self.learner.values(batch) if needs.values else None
-        proximal = self.learner.logprobs(batch) if needs.proximal else None
-        prompt_ids = [group.prompt.id for group in groups for _ in group.rollouts]
-        return self._algorithm.train_batches(batch, prompt_ids, values, proximal)
+        proximal, entropy = None, None
+        if needs.proximal or needs.start_entropy:
+            proximal, entropy = self.learner.logprobs(batch, entropy=needs.start_entropy)
+        replay = self._algorithm.replay(batch)
+        start = StartOfStep(
+            values=values,
+            proximal=proximal if needs.proximal else None,
+            entropy=entropy,
+            rescored=None if replay is None else self.learner.logprobs(replay)[0],
+            progress=self._progress,
+        )
+        return self._algorithm.train_batches(batch, start)
+
+    def _prepared(self, batch: TrainBatch) -> TrainBatch:
+        """With what the loss has to know of all rows before an update."""
+        needs = self._algorithm.needs
+        current, entropy = None, None
+        if needs.current:
+            current, entropy = self.learner.logprobs(batch.rollouts, entropy=needs.current_entropy)
+        return self._algorithm.prepare(batch, self._progress, current, entropy)
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress(self.version, self.learner.config.run.steps)
 
     def publish(self) -> PublishedWeights | None:
         """The current weights as one block of bytes (uint8 array), with a probe; None on ranks other than 0."""

@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("segments", pa.list_(_SEGMENT)),
         ("parent_sample", pa.int32()),
         ("parent_position", pa.int32()),
+        ("origin", pa.string()),
         ("reward_status", pa.string()),
         ("score", pa.float64()),  # NaN where unscored
         ("components", pa.string()),  # JSON, reward function -> its own value
@@ -95,6 +96,7 @@ def encode(groups: Sequence[ScoredGroup]) -> pa.Table:
         pa.array([[s._asdict() for s in r.segments] for r in rollouts], SCHEMA.field("segments").type),
         pa.array([r.parent[0] if r.parent else None for r in rollouts], pa.int32()),
         pa.array([r.parent[1] if r.parent else None for r in rollouts], pa.int32()),
+        pa.array([r.origin for r in rollouts], pa.string()),
         pa.array([r.status for r in rewards], pa.string()),
         pa.array([r.score for r in rewards], pa.float64()),
         pa.array([json.dumps(dict(r.components), default=_plain) for r in rewards], pa.string()),
@@ -146,6 +148,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
         text=row["text"],
         segments=tuple(Segment(**segment) for segment in row["segments"]),
         parent=parent,
+        origin=row["origin"],
     )
 
 

@@ -5,7 +5,9 @@ dataclass that extends the base class below and sets `name` and `paper`; its fie
 
 A loss returns one number per token. Aggregation is separate: it turns the mask of the *whole* batch into weights, so
 that the loss of any subset of rows is `sum(per_token * weights)` and the gradient does not depend on how the batch is
-cut.
+cut. A part that needs to see more than its own row looks at the whole batch in `prepare`, before the update, and leaves
+itself numbers per token in `extras`. For a loss that couples sequences, with s_i = sum_t log pi(y_it), that is exact:
+`prepare` computes dL/ds_i from the current log-probs, and the loss of a token is `dL/ds_i * log pi`.
 Shapes: B rollouts (of one micro-batch; rows are never split), T response tokens.
 """
 
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from rlsys.metrics import Metric
+from rlsys.registry import Part
+from rlsys.types import START, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,10 @@ class LossInputs:
     entropy: Tensor | None  # [B, T], of the current policy; None unless asked for
     advantages: Tensor  # [B, T]
     mask: Tensor  # bool [B, T]
+    group: Tensor | None = None  # int64 [B], rows of one prompt share a number; complete groups in `prepare` only
+    expert: Tensor | None = None  # bool [B], demonstrations, with log-probs that mean nothing; None: there are none
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] each, by name
+    progress: Progress = START
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +47,30 @@ class TokenLoss:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
-class _Part:
-    name: ClassVar[str]
-    paper: ClassVar[str]
+class _Part(Part):
     needs_reference: ClassVar[bool] = False
-    needs_entropy: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = False  # of the current policy, with a gradient, in `__call__`
+    needs_proximal: ClassVar[bool] = False  # log-probs recomputed by the learner at the start of the step
+    needs_current: ClassVar[bool] = False  # log-probs of the current policy in `prepare`: a forward pass an update
+    needs_current_entropy: ClassVar[bool] = False  # the same with its entropy
+    needs_extras: ClassVar[tuple[str, ...]] = ()  # names that the estimator or an adjustment has to provide
+
+    def prepare(self, inputs: LossInputs) -> Mapping[str, Tensor]:
+        """Extras [B, T] from all rows of an update, before it; groups are whole. Without a gradient.
+
+        `logprobs` and `entropy` are the current policy's where `needs_current` and `needs_current_entropy` ask for
+        them; else `logprobs` are the proximal ones and `entropy` is None. Memory may change here and nowhere else: it
+        is called once an update, with the same numbers on every rank.
+        """
+        return {}
 
 
 class Loss(_Part):
     """The policy loss."""
+
+    needs_expert: ClassVar[bool] = False  # one demonstration per prompt
+    expert_in_group: ClassVar[bool] = False  # demonstrations count in the statistics of their group
+    expert_normalizer: ClassVar[Literal["shared", "own"]] = "shared"  # "own": aggregated apart from the other rows
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         raise NotImplementedError
@@ -55,8 +78,6 @@ class Loss(_Part):
 
 class Correction(_Part):
     """A detached weight [B, T] on the policy loss that accounts for tokens sampled by another policy."""
-
-    needs_proximal: ClassVar[bool] = False
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         """`per_token` is the weight, 1 where nothing is to be corrected."""
@@ -77,7 +98,7 @@ class Regularizer(_Part):
         raise NotImplementedError
 
 
-class Aggregation(_Part):
+class Aggregation(Part):
     """How per-token losses of the whole batch become one number."""
 
     def __call__(self, mask: Tensor) -> Tensor:

@@ -41,8 +41,3 @@ def _make(
 @pytest.fixture(scope="session")
 def make_batch() -> MakeBatch:
     return _make
-
-
-@pytest.fixture(scope="session")
-def prompt_ids() -> Callable[[RolloutBatch], list[str]]:
-    return lambda batch: [name.split("#")[0] for name in batch.names_B]

@@ -36,8 +36,15 @@ def test_every_preset_explains_itself_and_its_switch_works(info) -> None:  # typ
 def test_describe_by_hand() -> None:
     info = describe("ppo")
     assert info.needs == ("reference", "values")
-    assert [part.key for part in info.parts] == ["advantage", "loss", "correction", "regularize", "aggregate"]
-    gae = info.parts[0]
+    assert [part.key for part in info.parts] == [
+        "combine",
+        "advantage",
+        "loss",
+        "correction",
+        "regularize",
+        "aggregate",
+    ]
+    gae = info.parts[1]
     assert [(option.name, option.type, option.default) for option in gae.options] == [
         ("gamma", "float", 1.0),
         ("lam", "float", 0.95),
@@ -45,9 +52,9 @@ def test_describe_by_hand() -> None:
         ("eps", "float", 1e-8),
     ]
     assert gae.equation.splitlines()[0] == "delta_t = r_t + gamma * V_{t+1} - V_t"
-    kl = info.parts[3]
+    kl = info.parts[4]
     assert ("estimator", "k1 | k2 | k3", "k3") in [(option.name, option.type, option.default) for option in kl.options]
-    ppo_clip = info.parts[1]
+    ppo_clip = info.parts[2]
     assert ("dual_clip", "float or null", None) in [(o.name, o.type, o.default) for o in ppo_clip.options]
 
 

@@ -47,7 +47,9 @@ def test_the_presets_of_the_plan_are_there() -> None:
 def test_grpo_by_default() -> None:
     assert compose().resolved() == {
         "preset": "grpo",
+        "combine": {"name": "weighted-sum"},
         "advantage": {"name": "grpo", "std": True, "eps": 1e-6},
+        "adjust": [],
         "filter": [],
         "loss": {"name": "ppo-clip", "low": 0.2, "high": 0.2, "dual_clip": None},
         "correction": {"name": "none"},
@@ -135,5 +137,5 @@ def test_state_is_restored_and_belongs_to_one_estimator() -> None:
     other = compose(preset="reinforce-baseline")
     other.load_state_dict(algorithm.state_dict())
     assert other.state_dict() == algorithm.state_dict()
-    with pytest.raises(LearnerError, match="made with advantage 'reinforce', the config has 'grpo'"):
+    with pytest.raises(LearnerError, match="made with advantage reinforce; the config has grpo"):
         compose().load_state_dict(algorithm.state_dict())

@@ -11,7 +11,7 @@ from rlsys.algorithms import Algorithm
 from rlsys.algorithms.presets import presets
 from rlsys.config.models import AlgorithmConfig
 from rlsys.losses import LossInputs
-from rlsys.types import RolloutBatch
+from rlsys.types import RolloutBatch, StartOfStep
 
 PROMPTS, SAMPLES, TOKENS, VOCABULARY = 16, 8, 3, 4
 
@@ -49,8 +49,7 @@ def test_the_score_rises(preset: str) -> None:
         batch, tokens = sample(logits, rng, start)
         values = np.full(tokens.shape, 0.5) if algorithm.needs.values else None
         proximal = batch.behavior_logprobs_BT if algorithm.needs.proximal else None
-        prompt_ids = [name.split("#")[0] for name in batch.names_B]
-        steps, _ = algorithm.train_batches(batch, prompt_ids, values, proximal)
+        steps, _ = algorithm.train_batches(batch, StartOfStep(values=values, proximal=proximal))
         for step in steps:
             ids = torch.tensor(step.rollouts.input_ids_BL[:, 1:])
             policy = logits.log_softmax(0)

@@ -18,7 +18,7 @@ from rlsys.config.models import AlgorithmConfig
 from rlsys.errors import LearnerError, NonFiniteError
 from rlsys.losses import LossInputs
 from rlsys.metrics import merge, reduce
-from rlsys.types import RolloutBatch, TrainBatch
+from rlsys.types import RolloutBatch, StartOfStep, TrainBatch
 
 NAN = float("nan")
 
@@ -30,10 +30,10 @@ def compose(**config: Any) -> Algorithm:
 # ---- train_batches ------------------------------------------------------------------------------------------------
 
 
-def test_grpo_by_hand(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_grpo_by_hand(make_batch) -> None:  # type: ignore[no-untyped-def]
     """Two groups; scores 1, 0 have deviation sqrt(1/2). Sequence means: weight 1/3 of 1/4 for every token."""
     batch = make_batch([[1.0, 0.0], [0.5, 0.5]])
-    (step,), metrics = compose(advantage={"eps": 0.0}).train_batches(batch, prompt_ids(batch))
+    (step,), metrics = compose(advantage={"eps": 0.0}).train_batches(batch)
     expected = np.array([1, -1, 0, 0]) * 0.5 / np.sqrt(0.5)
     np.testing.assert_allclose(step.advantages_BT, np.tile(expected[:, None], 3), rtol=1e-6)
     np.testing.assert_allclose(step.loss_weights_BT, np.full((4, 3), 1 / 12), rtol=1e-6)
@@ -50,27 +50,27 @@ def test_grpo_by_hand(make_batch, prompt_ids) -> None:  # type: ignore[no-untype
     )
 
 
-def test_unscored_rows_are_left_out_and_do_not_count(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_unscored_rows_are_left_out_and_do_not_count(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[1.0, NAN, 0.0], [NAN, 3.0]])
-    (step,), metrics = compose(preset="dr-grpo", aggregate={"length": 3}).train_batches(batch, prompt_ids(batch))
+    (step,), metrics = compose(preset="dr-grpo", aggregate={"length": 3}).train_batches(batch)
     assert step.rollouts.names_B == ("p0#0", "p0#2", "p1#1")
     np.testing.assert_allclose(step.advantages_BT[:, 0], [0.5, -0.5, 3.0])
     np.testing.assert_allclose(step.loss_weights_BT, np.full((3, 3), 1 / 9), rtol=1e-6)
     assert reduce(metrics)["batch/rows_left_out"] == 2
 
 
-def test_nothing_scored_gives_no_step(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_scored_gives_no_step(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[NAN, NAN], [NAN]])
     for name in ("grpo", "reinforce-baseline", "rloo"):
-        steps, metrics = compose(preset=name).train_batches(batch, prompt_ids(batch))
+        steps, metrics = compose(preset=name).train_batches(batch)
         assert steps == []
         assert reduce(metrics)["batch/rows_left_out"] == 3
 
 
-def test_minibatches_have_their_own_normaliser_and_the_advantages_of_the_whole_batch(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_minibatches_have_their_own_normaliser_and_the_advantages_of_the_whole_batch(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[1.0, 0.0], [2.0], [NAN]], lengths=[2, 4, 1, 4])
     config = {"preset": "reinforce-baseline", "aggregate": {"name": "token-mean"}, "minibatches": 3}
-    steps, _ = compose(**config).train_batches(batch, prompt_ids(batch))
+    steps, _ = compose(**config).train_batches(batch)
     assert [step.rollouts.names_B for step in steps] == [("p0#0", "p0#1"), ("p1#0",)]
     np.testing.assert_allclose(steps[0].loss_weights_BT, [[1 / 6, 1 / 6, 0, 0], [1 / 6] * 4], rtol=1e-6)
     np.testing.assert_allclose(steps[1].loss_weights_BT, [[1.0]])
@@ -78,65 +78,66 @@ def test_minibatches_have_their_own_normaliser_and_the_advantages_of_the_whole_b
     np.testing.assert_allclose(steps[1].advantages_BT, [[1.0]])
 
 
-def test_kl_in_the_reward_reaches_every_kind_of_estimator(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_kl_in_the_reward_reaches_every_kind_of_estimator(make_batch) -> None:  # type: ignore[no-untyped-def]
     """The reference is 0.5 below the sampler at every token: k1 = 0.5 a token, for rows of 1 and 4 tokens."""
     batch = make_batch([[1.0, 1.0]], lengths=[1, 4])
     kl = [{"name": "kl", "estimator": "k1", "coefficient": 0.1, "in_reward": True}]
-    (step,), metrics = compose(preset="rloo", regularize=kl).train_batches(batch, prompt_ids(batch))
+    (step,), metrics = compose(preset="rloo", regularize=kl).train_batches(batch)
     # scores 1 - 0.05 and 1 - 0.20
     np.testing.assert_allclose(step.advantages_BT, [[0.15, 0, 0, 0], [-0.15] * 4], rtol=1e-5)
     assert reduce(metrics)["rewards/added_by_regularizers"] == pytest.approx(-0.125)
     values = np.zeros((2, 4), dtype=np.float32)
     ppo = compose(preset="ppo", regularize=kl, advantage={"whiten": False, "lam": 1.0})
-    (step,), _ = ppo.train_batches(batch, prompt_ids(batch), values)
+    (step,), _ = ppo.train_batches(batch, StartOfStep(values=values))
     np.testing.assert_allclose(step.advantages_BT, [[0.95, 0, 0, 0], [0.8, 0.85, 0.9, 0.95]], rtol=1e-5)
 
 
-def test_the_score_is_on_the_last_trained_token(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_the_score_is_on_the_last_trained_token(make_batch) -> None:  # type: ignore[no-untyped-def]
     """A tool's token at the end, or in between, does not take the reward away."""
     batch = make_batch([[1.0], [2.0]], lengths=4, reference=False)
     mask = np.array([[True, True, True, False], [True, False, True, True]])
     advantage = {"gamma": 0.5, "lam": 1.0, "whiten": False}
     ppo = compose(preset="ppo", regularize=[], advantage=advantage, minibatches=1)
-    (step,), metrics = ppo.train_batches(replace(batch, mask_BT=mask), prompt_ids(batch), np.zeros((2, 4)))
+    (step,), metrics = ppo.train_batches(replace(batch, mask_BT=mask), StartOfStep(values=np.zeros((2, 4))))
     np.testing.assert_allclose(step.advantages_BT, [[0.25, 0.5, 1, 0], [0.5, 0, 1, 2]])
     assert step.returns_BT is not None
     np.testing.assert_allclose(step.returns_BT, step.advantages_BT)
     assert reduce(metrics)["critic/explained_variance"] == pytest.approx(0.0)
 
 
-def test_explained_variance(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_explained_variance(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[1.0], [0.0]], lengths=1, reference=False)
     values = np.array([[0.75], [0.25]])
     ppo = compose(preset="ppo", regularize=[], minibatches=1)
-    _, metrics = ppo.train_batches(batch, prompt_ids(batch), values)
+    _, metrics = ppo.train_batches(batch, StartOfStep(values=values))
     # errors 1/4 and -1/4 against returns 1 and 0
     assert reduce(metrics)["critic/explained_variance"] == pytest.approx(1 - 0.0625 / 0.25)
 
 
-def test_read_only_arrays_are_fine(make_batch, prompt_ids, recwarn) -> None:  # type: ignore[no-untyped-def]
+def test_read_only_arrays_are_fine(make_batch, recwarn) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[1.0, 0.0]])
     for field in fields(batch):
         array = getattr(batch, field.name)
         if isinstance(array, np.ndarray):
             array.flags.writeable = False
-    compose().train_batches(batch, prompt_ids(batch))
+    compose().train_batches(batch)
     assert not recwarn.list
 
 
-def test_what_is_missing_or_not_finite_is_named(make_batch, prompt_ids) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_missing_or_not_finite_is_named(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[1.0, 0.0]], reference=False)
-    ids = prompt_ids(batch)
     with pytest.raises(LearnerError, match="'grpo' needs reference log-probs, but the batch came without"):
-        compose().train_batches(batch, ids)
+        compose().train_batches(batch)
     with pytest.raises(LearnerError, match="'grpo-decoupled' needs proximal log-probs"):
-        compose(preset="grpo-decoupled").train_batches(batch, ids)
+        compose(preset="grpo-decoupled").train_batches(batch)
     with pytest.raises(LearnerError, match="'ppo' needs values"):
-        compose(preset="ppo", regularize=[]).train_batches(batch, ids)
+        compose(preset="ppo", regularize=[]).train_batches(batch)
     values = np.zeros((2, 3))
     values[1, 2] = NAN
     with pytest.raises(NonFiniteError, match="p0#1"):
-        compose(preset="ppo", regularize=[], advantage={"whiten": False}).train_batches(batch, ids, values)
+        compose(preset="ppo", regularize=[], advantage={"whiten": False}).train_batches(
+            batch, StartOfStep(values=values)
+        )
 
 
 # ---- objective ----------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ CUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("preset", CUTS)
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), ranks=st.integers(1, 3), budget=st.integers(1, 40), packed=st.booleans())
-def test_the_gradient_does_not_depend_on_the_cut(make_batch, prompt_ids, preset, seed, ranks, budget, packed) -> None:  # type: ignore[no-untyped-def]
+def test_the_gradient_does_not_depend_on_the_cut(make_batch, preset, seed, ranks, budget, packed) -> None:  # type: ignore[no-untyped-def]
     """A policy with shared parameters, summed over any micro-batches of any ranks, padding trimmed in each."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 7, 7).tolist()
@@ -232,7 +233,7 @@ def test_the_gradient_does_not_depend_on_the_cut(make_batch, prompt_ids, preset,
     shape = batch.mask_BT.shape
     values = rng.normal(size=shape) if algorithm.needs.values else None
     proximal = batch.behavior_logprobs_BT + 0.1 * rng.normal(size=shape) if algorithm.needs.proximal else None
-    (step,), _ = algorithm.train_batches(batch, prompt_ids(batch), values, proximal)
+    (step,), _ = algorithm.train_batches(batch, StartOfStep(values=values, proximal=proximal))
     position = torch.arange(6, dtype=torch.float32)
 
     def run(pieces: list[list[int]]) -> tuple[float, Tensor, dict[str, float]]:

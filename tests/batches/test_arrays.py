@@ -61,7 +61,9 @@ def test_collate_by_hand(two_groups: list[ScoredGroup]) -> None:
     np.testing.assert_array_equal(batch.scored_B, [True, False, True])
     np.testing.assert_array_equal(batch.group_B, [0, 0, 1])
     np.testing.assert_array_equal(batch.reference_logprobs_BT, [[-1, -2, -3, 0], [-4, 0, 0, 0], [-5, -6, -7, -8]])
-    types = {f.name: getattr(batch, f.name).dtype for f in fields(batch) if f.name != "names_B"}
+    np.testing.assert_array_equal(batch.finished_B, [True, True, True])
+    arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    types = {name: array.dtype for name, array in arrays.items() if isinstance(array, np.ndarray)}
     assert types == {
         "input_ids_BL": np.int64,
         "prompt_lengths_B": np.int64,
@@ -73,6 +75,10 @@ def test_collate_by_hand(two_groups: list[ScoredGroup]) -> None:
         "scored_B": np.bool_,
         "group_B": np.int64,
         "reference_logprobs_BT": np.float32,
+        "components_BK": np.float32,
+        "finished_B": np.bool_,
+        "expert_B": np.bool_,
+        "greedy_B": np.bool_,
     }
 
 

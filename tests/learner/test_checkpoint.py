@@ -70,7 +70,7 @@ def test_loads_on_other_ranks_and_stages(
     # and it computes with what it loaded
     batch = make_batch(rows=4, seed=9).rollouts
     direct = transformers_logprobs(tmp_path / "hf", batch)
-    for got in new.run("call", method="logprobs", batch=batch):
+    for got, _ in new.run("call", method="logprobs", batch=batch):
         np.testing.assert_allclose(got, direct, atol=1e-5)
     train(new, make_batch, range(2, 3))
 

@@ -192,7 +192,7 @@ def test_scores_and_differences_to_the_sampler(
         with torch.no_grad():
             log_softmax = model(input_ids=ids[None]).logits[0].log_softmax(-1)
         wanted[b, :r] = log_softmax[p - 1 : -1].gather(1, ids[p:, None])[:, 0].numpy()
-    for got in world.run("call", method="logprobs", batch=rollouts):
+    for got, _ in world.run("call", method="logprobs", batch=rollouts):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
     # rows 0 and 1 were sampled by version 0 and are off by 0.25, one token by 1; the others by another version and by 2

@@ -45,7 +45,10 @@ def random_inputs(seed: int = 0, rows: int = 6, width: int = 5) -> LossInputs:
 
 
 def mapped(inputs: LossInputs, change: Callable[[Tensor], Tensor]) -> LossInputs:
-    return LossInputs(**{f.name: change(getattr(inputs, f.name)) for f in fields(inputs)})
+    values = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+    changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    extras = {name: change(extra) for name, extra in inputs.extras.items()}
+    return replace(inputs, **changed, extras=extras)
 
 
 def picker(rows: Tensor) -> Callable[[Tensor], Tensor]:

@@ -6,15 +6,11 @@ extends `GroupFilter` and sets `name` and `paper`; its fields are its options.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+from rlsys.registry import Part
 from rlsys.types import GroupInfo
 
 
-class GroupFilter:
-    name: ClassVar[str]
-    paper: ClassVar[str]
-
+class GroupFilter(Part):
     def drop_reason(self, info: GroupInfo) -> str | None:
         """Why the scored group is to be dropped, a few words for the ledger; None to keep it."""
         raise NotImplementedError

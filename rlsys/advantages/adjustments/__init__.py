@@ -1,0 +1,1 @@
+"""Adjustments of advantages: one class that extends `rlsys.advantages.Adjustment` per file."""

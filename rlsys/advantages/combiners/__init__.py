@@ -1,0 +1,1 @@
+"""Combiners of reward components: one class that extends `rlsys.advantages.Combiner` per file."""
