@@ -10,9 +10,7 @@ export PYTHON=${PYTHON:-python3.11}
 command -v "$PYTHON" >/dev/null || PYTHON=python3
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
   { echo "setup: needs Python 3.11, but $PYTHON is $("$PYTHON" -V); set PYTHON=/path/to/python3.11" >&2; exit 2; }
-for tool in gcc g++; do
-  command -v $tool >/dev/null || { echo "setup: needs $tool (Debian: apt install build-essential)" >&2; exit 2; }
-done
+command -v gcc >/dev/null || { echo "setup: needs gcc (Debian: apt install gcc)" >&2; exit 2; }
 
 if [ ! -x .venv/bin/python ]; then
   "$PYTHON" -m venv .venv ||

@@ -22,8 +22,9 @@ CONFIG, LOCK = "config.yaml", "run.lock"
 def open_run_dir(config: Config) -> Iterator[Path]:
     """The run's directory, locked against other processes, with the resolved config in it.
 
-    A directory of the same run is gone on with, unless `run.resume` is never. A directory that this call made is
-    removed again when a UserError or an interrupt ends the run before its first step. Raises RunDirError.
+    A directory of the same run is gone on with, unless `run.resume` is never. One of a run that ended before anything
+    was measured is begun anew, whatever its config was. A directory that this call made is removed again when a
+    UserError or an interrupt ends the run before its first step. Raises RunDirError.
     """
     path = Path(config.run.dir)
     _check_contents(path, config)
@@ -43,6 +44,10 @@ def open_run_dir(config: Config) -> Iterator[Path]:
                 "its own (--run.name or --run.dir)"
             ) from None
         _check_contents(path, config)  # another process may have come in between
+        if _is_barren(path):
+            for entry in path.iterdir():
+                if entry.name != LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         dump_config(config, path / CONFIG)
         try:
             yield path
@@ -52,9 +57,16 @@ def open_run_dir(config: Config) -> Iterator[Path]:
             raise
 
 
+def _is_barren(path: Path) -> bool:
+    """A run was begun here and failed before anything was measured."""
+    return (path / CONFIG).is_file() and not (path / METRICS).exists()
+
+
 def _check_contents(path: Path, config: Config) -> None:
     if path.exists() and not path.is_dir():
         raise RunDirError(f"run.dir: {path} is a file")
+    if _is_barren(path):
+        return
     if (path / CONFIG).is_file():
         if config.run.resume == "never":
             raise RunDirError(

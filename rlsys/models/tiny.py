@@ -78,8 +78,10 @@ def fit(
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    # OneCycleLR divides by the length of its warm-up less one step, so that must be two steps or more.
+    total = max(2, config.steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.learning_rate, total_steps=config.steps, pct_start=0.1
+        optimizer, max_lr=config.learning_rate, total_steps=total, pct_start=max(0.1, 2 / total)
     )
     model.train()
     for step in range(config.steps):

@@ -114,6 +114,7 @@ def test_a_directory_of_another_config(rlsys: Callable, config: Path, tmp_path: 
 
     (tmp_path / "runs" / "run").mkdir(parents=True)
     dump_config(load_config(config, ["--run.seed=1"]), tmp_path / "runs" / "run" / "config.yaml")
+    (tmp_path / "runs" / "run" / "metrics.jsonl").touch()
     done = rlsys("train", config)
     assert done.code == 2
     assert "run.seed: 1 there, 0 now" in done.err

@@ -80,6 +80,16 @@ def test_what_was_there_before_stays(config: Config) -> None:
     assert Path("runs/run/config.yaml").is_file()
 
 
+def test_what_a_failed_start_left_is_begun_anew_with_any_config(config: Config) -> None:
+    with pytest.raises(RuntimeError):
+        fail_in_run_dir(config, "ledger.sqlite", RuntimeError("no memory"))
+    assert Path("runs/run/ledger.sqlite").exists()  # kept, to look at
+    other = load_config("c.yaml", ["--run.seed", "7"])
+    with open_run_dir(other) as path:
+        assert not (path / "ledger.sqlite").exists()
+        assert load_config(path / "config.yaml") == other
+
+
 def test_a_run_that_has_trained_stays(config: Config) -> None:
     with pytest.raises(DataError):
         fail_in_run_dir(config, "metrics.jsonl", DataError("a bad row, much later"))
