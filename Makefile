@@ -11,18 +11,19 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml requirements-cpu.txt launch/setup.sh
 	bash launch/setup.sh
 
-test: setup
-	$(BIN)/python -m pytest tests
+# Those that start Ray, vLLM or DeepSpeed come one by one, since each of them takes all cores.
+test: test-fast
+	$(BIN)/python -m pytest tests -m slow
 
 test-fast: setup
-	$(BIN)/python -m pytest tests -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n 2 -q
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlsys
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests -m "not slow" -q
+	$(MAKE) test-fast
 
 bench: setup
 	$(BIN)/python -m rlsys.sim
