@@ -176,8 +176,7 @@ async def test_vllm_in_an_actor_takes_weights_and_leaves_nothing_behind_when_kil
     (running,) = await generator.generate(prompts[:1], Sampling(n=2, max_new_tokens=200, ignore_eos=True))
     actor = psutil.Process(await pid_of(generator))
     children = actor.children(recursive=True)
-    # vLLM renames its process; Linux keeps 15 characters of the name.
-    assert any("EngineCor" in child.name() for child in children), [child.name() for child in children]
+    assert any(child.memory_info().rss > 2**29 for child in children), "the engine is a process of its own"
     actor.kill()
     with pytest.raises(WorkerDied, match="generator-4 died"):
         await running
