@@ -21,12 +21,12 @@ test-fast: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy rlsys
+	$(BIN)/mypy rlsys benchmarks
 	$(BIN)/lint-imports
 	$(MAKE) test-fast
 
 bench: setup
-	$(BIN)/python -m rlsys.sim
+	$(BIN)/python -m benchmarks
 
 # Resolve the dependencies anew (after a change of pyproject.toml).
 lock: setup
