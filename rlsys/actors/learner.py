@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from rlsys.errors import LearnerError, RlsysError, WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
 from rlsys.roles import Handle, PublishedWeights, StepReport, TrainItem
+from rlsys.weights import nccl
+from rlsys.weights.nccl import Connect, Sender
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -26,8 +28,17 @@ CLOSE_TIMEOUT_S = 10.0
 BLAME_TIMEOUT_S = 5.0
 
 
+SENDING = "sending"  # concurrency group of the calls that send weights, beside training
+
+
 class LearnerActor:
-    """The shell around a `LearnerRank`. One call at a time; calls of all ranks belong together."""
+    """The shell around a `LearnerRank`. Calls of all ranks belong together, and come one at a time.
+
+    Those of the `Sender`, rank 0's with `weights.engine: nccl`, come in the concurrency group `SENDING`.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
 
     def open_rendezvous(self, timeout_s: float) -> tuple[str, int]:
         """Rank 0 only: where the ranks are to meet."""
@@ -38,6 +49,8 @@ class LearnerActor:
     def start(self, config: Config, model_path: str, rank: int, address: str, port: int) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
         self._rank = rank
+        if rank == 0 and config.weights.engine == "nccl":
+            self._sender = Sender(address, self._connect)
         self._learner = LearnerRank(
             config,
             model_path,
@@ -47,6 +60,7 @@ class LearnerActor:
             address,
             port,
             store=self._store if rank == 0 else None,
+            sender=getattr(self, "_sender", None),
         )
 
     def step(self, scored: Sequence[Handle], reference: Sequence[Handle] | None) -> StepReport | None:
@@ -60,6 +74,15 @@ class LearnerActor:
         weights = self._learner.publish()
         return (None, None) if weights is None else (replace(weights, payload=None), weights.payload)
 
+    def meet(self, generator: str, workers: int) -> Mapping[str, Any]:
+        return self._sender.meet(generator, workers)
+
+    def join(self, generator: str) -> None:
+        self._sender.join(generator)
+
+    def send(self, generator: str, version: int) -> None:
+        self._sender.send(generator, version)
+
     def save(self, directory: Path) -> None:
         self._learner.save(directory)
 
@@ -70,11 +93,32 @@ class LearnerActor:
         self._learner.close()
 
 
+class RaySender:
+    """`weights.nccl.WeightSender` over rank 0's actor."""
+
+    def __init__(self, actor: ActorHandle[Any]) -> None:
+        self._actor = actor
+
+    async def meet(self, generator: str, workers: int) -> Mapping[str, Any]:
+        meeting: Mapping[str, Any] = await self._call(self._actor.meet, generator, workers)
+        return meeting
+
+    async def join(self, generator: str) -> None:
+        await self._call(self._actor.join, generator)
+
+    async def send(self, generator: str, version: int) -> None:
+        await self._call(self._actor.send, generator, version)
+
+    async def _call(self, method: Any, *arguments: Any) -> Any:
+        return await _value("learner-0", method.options(concurrency_group=SENDING).remote(*arguments))
+
+
 class RayLearner:
     """All ranks as the driver sees them (`roles.Learner`). Calls follow each other; none may overlap."""
 
-    def __init__(self, actors: Sequence[ActorHandle[Any]]) -> None:
+    def __init__(self, actors: Sequence[ActorHandle[Any]], sender: RaySender | None = None) -> None:
         self.actors = tuple(actors)
+        self._sender = sender
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         """Raises WorkerDied naming the rank, NonFiniteError, LearnerError."""
@@ -90,7 +134,7 @@ class RayLearner:
     async def publish(self) -> PublishedWeights:
         refs: list[Any] = [actor.publish.options(num_returns=2).remote() for actor in self.actors]
         weights: PublishedWeights = (await self._all([ref[0] for ref in refs]))[0]
-        return replace(weights, payload=refs[0][1])
+        return replace(weights, payload=refs[0][1] if self._sender is None else self._sender)
 
     async def save(self, directory: Path) -> None:
         await self._all([actor.save.remote(_absolute(directory)) for actor in self.actors])
@@ -139,23 +183,28 @@ async def _value(worker: str, ref: Any) -> Any:
         raise LearnerError(f"{worker}: {error.cause!r}") from error
 
 
-async def start_learner(config: Config, model_path: Path) -> RayLearner:
+async def start_learner(config: Config, model_path: Path, connect: Connect = nccl.connect) -> RayLearner:
     """Start all ranks and wait until they have met and loaded the model.
+
+    `connect` is how weights are sent with `weights.engine: nccl`.
 
     Raises DataError or ConfigError for what cannot work, WorkerDied when a rank ends, LearnerError when they are not
     ready within `learner.start_timeout_s`.
     """
     timeout_s = config.learner.start_timeout_s
-    remote: Any = ray.remote(
+    options: Any = ray.remote  # whose types do not know concurrency groups
+    remote = options(
         num_cpus=0,
         num_gpus=1 if config.profile == "gpu" else 0,
         max_restarts=0,
         max_task_retries=0,
         # Threads that spin while they wait take the cores from the generator, and from each other: 4 times slower
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        # A generator that dies while it receives may leave a thread behind; its successor needs another one.
+        concurrency_groups={SENDING: 4 * config.rollout.generators} if config.weights.engine == "nccl" else None,
     )(LearnerActor)
-    actors: list[ActorHandle[Any]] = [remote.remote() for _ in range(config.learner.ranks)]
-    learner = RayLearner(actors)
+    actors: list[ActorHandle[Any]] = [remote.remote(connect) for _ in range(config.learner.ranks)]
+    learner = RayLearner(actors, RaySender(actors[0]) if config.weights.engine == "nccl" else None)
     try:
         async with asyncio.timeout(timeout_s):
             address, port = await _value("learner-0", actors[0].open_rendezvous.remote(timeout_s))

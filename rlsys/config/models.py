@@ -279,7 +279,9 @@ class LearnerConfig(Strict):
 
 
 class WeightsConfig(Strict):
-    engine: Literal["object_store", "nccl"] = Field("object_store", description="nccl: not there yet.")
+    engine: Literal["object_store", "nccl"] = Field(
+        "object_store", description="nccl: by broadcast from GPU to GPU, GPU profile only; not run yet."
+    )
     kv_cache: Literal["recompute", "keep"] = Field(
         "recompute", description="Running requests after an update: recompute their cache (exact) or keep the old one."
     )

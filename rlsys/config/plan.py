@@ -271,12 +271,8 @@ def _choices(config: Config) -> list[str]:
             f"model.tiny.warm_start fits the model to worked sums, but prompts.train.kind is "
             f"{config.prompts.train.kind}: set model.tiny.warm_start.steps to 0, or give a model.path"
         )
-    if config.weights.engine == "nccl":
-        problems.append(
-            "weights.engine: the learner cannot send over nccl yet; use object_store"
-            if gpu
-            else "weights.engine: nccl needs profile: gpu; on profile cpu use object_store"
-        )
+    if config.weights.engine == "nccl" and not gpu:
+        problems.append("weights.engine: nccl needs profile: gpu; on profile cpu use object_store")
     if not gpu:
         if model.tiny is not None and model.tiny.head_dim not in _CPU_HEAD_SIZES:
             problems.append(
@@ -287,6 +283,10 @@ def _choices(config: Config) -> list[str]:
             problems.append("rollout.engine.tensor_parallel needs profile: gpu; on profile cpu it is 1")
         if config.learner.offload:
             problems.append("learner.offload needs profile: gpu; on profile cpu everything is in host memory already")
+    if model.dtype != "float32" and config.learner.zero_stage == 0:
+        problems.append(
+            f"learner.zero_stage: 0 keeps no float32 master weights for model.dtype {model.dtype}; use 1, 2 or 3"
+        )
     if config.learner.offload and config.learner.zero_stage < 2:
         problems.append(f"learner.offload needs learner.zero_stage 2 or 3; it is {config.learner.zero_stage}")
     return problems

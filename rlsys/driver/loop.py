@@ -385,7 +385,10 @@ class Driver:
             await self._unless_stopped(self._spawn(self.evaluator.once("before", 0)))
         self.recorder.begin_step()
         self.gate.start(len(plan.reuse))
+        counted = set(checkpoint.manifest.buffered) if checkpoint is not None else set()
         for scored in plan.reuse:
+            if scored.info.prompt_id not in counted:  # sampled after the checkpoint, whose totals do not know of it
+                self.recorder.totals.tokens_generated += scored.info.tokens
             prompt = self.prompts.draw(scored.info.index)
             self.buffer.start(prompt.index, scored.info.min_version)
             self._spawn(self._buffer(prompt, scored))

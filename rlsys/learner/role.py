@@ -28,6 +28,7 @@ from rlsys.metrics import Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_tokenizer
 from rlsys.roles import Probe, PublishedWeights, StepReport
 from rlsys.types import Progress, RolloutBatch, ScoredGroup, StartOfStep, TrainBatch
+from rlsys.weights.nccl import Sender
 from rlsys.weights.publish import pack
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ class LearnerRank:
         address: str,
         port: int,
         store: TCPStore | None = None,
+        sender: Sender | None = None,
     ) -> None:
+        """`sender` is rank 0's with `weights.engine: nccl`: it keeps what is published, instead of packing it."""
         device = distributed.join(
             config.profile,
             rank,
@@ -110,6 +113,7 @@ class LearnerRank:
         )
         torch.manual_seed(config.run.seed)
         self._algorithm = algorithm
+        self._sender = sender
         self._tokenizer = load_tokenizer(model_path)
         self.learner = Learner(config, model_path, device, algorithm.critic)
         self._probe_ids: list[int] = self._tokenizer.encode(PROBE_TEXT)[:PROBE_TOKENS]
@@ -198,10 +202,17 @@ class LearnerRank:
         return Progress(self.version, self.learner.config.run.steps)
 
     def publish(self) -> PublishedWeights | None:
-        """The current weights as one block of bytes (uint8 array), with a probe; None on ranks other than 0."""
+        """The current weights as one block of bytes (uint8 array; none with a sender), with a probe.
+
+        None on ranks other than 0.
+        """
         started = time.perf_counter()
         weights = self.learner.policy.weights()
-        if dist.get_rank() == 0:
+        payload: np.ndarray | None = None
+        manifest: Mapping[str, Any] = {}
+        if self._sender is not None:
+            manifest = self._sender.keep(weights, self.version)
+        elif dist.get_rank() == 0:
             payload, manifest = pack(weights, self.version)
         else:
             for _ in weights:  # takes part in gathering; nothing is yielded here

@@ -36,10 +36,9 @@ from rlsys.errors import DataError, EngineError, WeightUpdateError, WorkerDied
 from rlsys.roles import Probe, PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.convert import sampling_params, to_group
 from rlsys.rollouts.settings import engine_args, prepare_environment
+from rlsys.rollouts.transfer import transfer
 from rlsys.types import Prompt, RolloutGroup
-from rlsys.weights import nccl
 from rlsys.weights.expected import ExpectedTensors
-from rlsys.weights.shared_memory import shared
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -71,7 +70,7 @@ class VllmGenerator:
         self._aborting: set[asyncio.Task[None]] = set()  # the event loop keeps no reference to its tasks
         self._requests = 0
         self._tokens = 0
-        self._rendezvous: Any = None
+        self._transfer = transfer(name, config)
 
     async def start(self) -> None:
         """Start the engine process, load the model, generate a little (a first request has one-off work to do).
@@ -170,9 +169,9 @@ class VllmGenerator:
     async def update(self, weights: PublishedWeights) -> UpdateReport:
         """Take a version of the weights, and check that the model then says what the learner's does.
 
-        `weights.payload` is what `rlsys.weights.pack` made, uint8 [bytes]. In the report, `transfer_s` is the copy
-        into shared memory, `pause_s` the time to stop and to go on again, `load_s` checksum and loading in between:
-        generation stands still for `pause_s + load_s`.
+        `weights.payload` is what `weights.engine` asks for: see `rlsys.rollouts.transfer`. In the report, `transfer_s`
+        is the copy into shared memory (nothing over NCCL), `pause_s` the time to stop and to go on again, `load_s`
+        checksum and loading (and receiving) in between: generation stands still for `pause_s + load_s`.
 
         Raises WeightUpdateError. A version that is refused (not the manifest's, older than the current one, damaged,
         or of another model) leaves the engine generating with the weights it has; one that fails half-way, differs in
@@ -206,19 +205,17 @@ class VllmGenerator:
             raise WeightUpdateError(f"{self.name} has version {self.version} already, which is newer than {version}")
         if len(weights.probe.token_ids) < 2:
             raise WeightUpdateError(f"weights of version {version} have no probe: it needs 2 tokens or more")
-        if self._config.weights.engine == "nccl":
-            nccl.init_info(weights.payload)
         self._expected.check(weights.manifest)
 
     async def _take(self, weights: PublishedWeights) -> UpdateReport:
         began = time.perf_counter()
-        with self._transferred(weights) as update_info:
+        with self._transfer.staged(weights) as staged:
             transferred = time.perf_counter()
             async with self._scheduling:
                 await self._pause(clear_cache=self._config.weights.kv_cache == "recompute")
                 paused = time.perf_counter()
                 try:
-                    await self._load(weights, update_info)
+                    await self._load(weights, staged)
                 except _Refused:
                     await self._resume()  # and after no other failure: the weights may be half loaded
                     raise
@@ -236,27 +233,11 @@ class VllmGenerator:
             probe_difference=await self._probe_difference(weights, probe),
         )
 
-    @contextmanager
-    def _transferred(self, weights: PublishedWeights) -> Iterator[dict[str, Any]]:
-        if self._config.weights.engine == "nccl":
-            yield nccl.update_info(weights.manifest)
-            return
-        with shared(weights.payload, f"rlsys-{self.name}-{weights.version}") as path:
-            yield {"path": path, "manifest": dict(weights.manifest)}
-
-    async def _load(self, weights: PublishedWeights, update_info: dict[str, Any]) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-
+    async def _load(self, weights: PublishedWeights, staged: Any) -> None:
         from rlsys.weights.object_store import REFUSED
 
-        engine = self._running_engine()
-        if self._config.weights.engine == "nccl" and weights.payload != self._rendezvous:
-            await engine.init_weight_transfer_engine(WeightTransferInitRequest(nccl.init_info(weights.payload)))
-            self._rendezvous = weights.payload
         try:
-            await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest(update_info))
-            await engine.finish_weight_update(weight_version=str(weights.version))
+            await self._transfer.load(self._running_engine(), weights, staged)
         except Exception as error:  # vLLM passes on no more than the text of what was raised in the other process
             _, mark, reason = str(error).partition(REFUSED)
             if mark:

@@ -108,6 +108,7 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
         ),
         (["--rewards.workers=500"], {}, r"GiB of memory are needed \(.*500 x reward worker"),
         (["--rollout.engine.kv_cache_gib=40"], {}, r"rollout\.engine\.kv_cache_gib"),
+        (["--model.dtype=bfloat16"], {}, r"learner\.zero_stage: 0 keeps no float32 master weights"),
         (["--weights.engine=nccl"], {}, r"weights\.engine: nccl needs profile: gpu"),
         (["--rollout.engine.tensor_parallel=2"], {}, r"rollout\.engine\.tensor_parallel needs profile: gpu"),
         (["--learner.offload=true", "--learner.zero_stage=2"], {}, r"learner\.offload needs profile: gpu"),

@@ -107,6 +107,7 @@ def test_buffered_groups_are_reused_after_a_crash(tmp_path: Path) -> None:
     second, summary = simulate(settings, tmp_path, timing=timing)
     assert sum(len(g.calls) for g in second.all_generators) == 0
     assert summary["fates"] == {"trained": 8, "dropped": {}, "pending": 0}
+    assert summary["tokens"]["generated"] == summary["tokens"]["trained"] > 0
     assert [e.event for e in read_story(tmp_path, "sim/0").events][-3:] == ["reused", "buffered", "trained"]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 
 from rlsys.actors.learner import start_learner
 from rlsys.config.models import Config
-from rlsys.errors import DataError, NonFiniteError, WorkerDied
+from rlsys.errors import DataError, NonFiniteError, WeightUpdateError, WorkerDied
 from rlsys.roles import TrainItem
 from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
 
@@ -133,6 +134,56 @@ async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_mode
         assert caught.value.worker == "learner-1"
     finally:
         await learner.close()
+
+
+def wire(address: str) -> Any:
+    """TCP in the place of NCCL, which waits for a "go" before it sends. Nested, to travel to the actor by value."""
+
+    def connect(_: str, port: int, world_size: int) -> Any:
+        from torch.distributed import TCPStore
+
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False)
+
+        class Wire:
+            def broadcast(self, tensors: Any) -> None:
+                store.wait(["go"])
+                for place, (_, tensor) in enumerate(tensors):
+                    store.set(str(place), tensor.numpy().tobytes())
+
+        return Wire()
+
+    return connect
+
+
+async def test_weights_are_sent_beside_training(tiny_model: Path) -> None:
+    """`weights.engine: nccl`: a version goes out unchanged while the next step is trained on."""
+    from torch.distributed import TCPStore
+    from transformers import AutoModelForCausalLM
+
+    settings = config(weights={"engine": "nccl"}, algorithm={"regularize": []}, learner={"ranks": 1, "threads": 1})
+    learner = await start_learner(settings, tiny_model, wire("127.0.0.1"))
+    try:
+        async with asyncio.timeout(60):
+            published = await learner.publish()
+            meeting = await published.payload.meet("generator-0", 1)
+            await published.payload.join("generator-0")
+            store = TCPStore("127.0.0.1", meeting["master_port"], is_master=False)
+            sending = asyncio.ensure_future(published.payload.send("generator-0", 0))
+            report = await learner.step([replace(item, reference=None) for item in items(group(0, seed=0))])
+            assert report.version == 1
+            assert not sending.done()
+            store.set("go", "")
+            await sending
+            with pytest.raises(WeightUpdateError, match="version 9 for generator-0 is no longer held"):
+                await published.payload.send("generator-0", 9)
+            table = published.manifest["tensors"]
+            got = [np.frombuffer(store.get(str(place)), dtype=e["dtype"]) for place, e in enumerate(table)]
+    finally:
+        await learner.close()
+    initial = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
+    assert [entry["name"] for entry in table] == list(initial)
+    for entry, array in zip(table, got, strict=True):
+        np.testing.assert_array_equal(array.reshape(entry["shape"]), initial[entry["name"]].detach().numpy())
 
 
 async def test_a_model_that_does_not_load(tmp_path: Path) -> None:
