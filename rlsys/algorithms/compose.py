@@ -259,6 +259,8 @@ class Algorithm:
         mask = torch.tensor(batch.mask_BT)
         rated = torch.tensor(batch.scored_B)  # has a score, whether or not it is to count
         counts = rated
+        if batch.expert_B is not None and not self.loss.needs_expert:
+            mask &= ~torch.tensor(batch.expert_B)[:, None]
         if batch.greedy_B is not None:
             counts = counts & ~torch.tensor(batch.greedy_B)
         if batch.expert_B is not None and not self.loss.expert_in_group:

@@ -48,7 +48,7 @@ def test_grpo_by_default() -> None:
     assert compose().resolved() == {
         "preset": "grpo",
         "combine": {"name": "weighted-sum"},
-        "advantage": {"name": "grpo", "std": True, "eps": 1e-6},
+        "advantage": {"name": "grpo", "std": True, "eps": 1e-6, "shift": 0.0},
         "adjust": [],
         "filter": [],
         "loss": {"name": "ppo-clip", "low": 0.2, "high": 0.2, "dual_clip": None},

@@ -21,6 +21,7 @@ REGULARIZERS = discover(regularizers, Regularizer)
 ADDED: dict[str, Callable[[], Any]] = {**LOSSES, **REGULARIZERS}
 added = pytest.mark.parametrize("make", ADDED.values(), ids=ADDED.keys())
 correction = pytest.mark.parametrize("make", CORRECTIONS.values(), ids=CORRECTIONS.keys())
+EXTRAS = sorted({name for cls in ADDED.values() for name in cls.needs_extras})
 every = pytest.mark.parametrize("make", [*ADDED.values(), *CORRECTIONS.values()], ids=[*ADDED, *CORRECTIONS])
 
 
@@ -41,7 +42,31 @@ def random_inputs(seed: int = 0, rows: int = 6, width: int = 5) -> LossInputs:
         entropy=normal(1),
         advantages=normal(),
         mask=mask,
+        group=torch.arange(rows) // 3,
+        extras={name: torch.rand(rows, width, generator=generator) for name in EXTRAS},
     )
+
+
+def prepared(part: Any, inputs: LossInputs) -> LossInputs:
+    """With what the part finds out of the whole batch, as before an update."""
+    plain = mapped(inputs, lambda tensor: tensor.detach())
+    blanked = replace(
+        plain,
+        logprobs=plain.logprobs.masked_fill(~plain.mask, 0),
+        advantages=plain.advantages.masked_fill(~plain.mask, 0),
+    )
+    with torch.no_grad():
+        found = {name: extra.float() for name, extra in part.prepare(blanked).items()}
+    for name, extra in found.items():
+        assert extra.shape == inputs.mask.shape, name
+        assert extra[inputs.mask].isfinite().all(), name
+    return replace(inputs, extras={**inputs.extras, **found})
+
+
+def applied(make: Callable[[], Any], inputs: LossInputs) -> TokenLoss:
+    part = make()
+    out: TokenLoss = part(prepared(part, inputs))
+    return out
 
 
 def mapped(inputs: LossInputs, change: Callable[[Tensor], Tensor]) -> LossInputs:
@@ -64,7 +89,7 @@ def test_the_first_ones_are_there() -> None:
 @every
 def test_shape_type_and_finite_metrics(make: Callable[[], Any]) -> None:
     inputs = random_inputs()
-    out: TokenLoss = make()(inputs)
+    out: TokenLoss = applied(make, inputs)
     assert out.per_token.shape == inputs.mask.shape
     assert out.per_token.dtype == torch.float32
     assert out.per_token.isfinite().all()
@@ -74,7 +99,7 @@ def test_shape_type_and_finite_metrics(make: Callable[[], Any]) -> None:
 @added
 def test_zero_where_masked_and_a_gradient_elsewhere(make: Callable[[], Any]) -> None:
     inputs = random_inputs()
-    out: TokenLoss = make()(inputs)
+    out: TokenLoss = applied(make, inputs)
     assert (out.per_token[~inputs.mask] == 0).all()
     assert inputs.entropy is not None
     gradients = torch.autograd.grad(out.per_token.sum(), [inputs.logprobs, inputs.entropy], allow_unused=True)
@@ -104,7 +129,7 @@ def test_a_weight_is_one_where_sampler_and_learner_agree(make: Callable[[], Any]
 @every
 def test_rows_do_not_know_of_each_other(make: Callable[[], Any]) -> None:
     """Micro-batches give what the whole gives, in losses and in metrics."""
-    inputs = mapped(random_inputs(1), lambda tensor: tensor.detach())
+    inputs = prepared(make(), mapped(random_inputs(1), lambda tensor: tensor.detach()))
     whole: TokenLoss = make()(inputs)
     cuts = (torch.tensor(rows) for rows in ([0, 2], [5], [1, 3, 4]))
     parts: list[TokenLoss] = [make()(mapped(inputs, rows_of)) for rows_of in map(picker, cuts)]
@@ -116,9 +141,9 @@ def test_rows_do_not_know_of_each_other(make: Callable[[], Any]) -> None:
 @every
 def test_nothing_to_train_on(make: Callable[[], Any]) -> None:
     inputs = random_inputs()
-    out: TokenLoss = make()(replace(inputs, mask=torch.zeros_like(inputs.mask)))
+    out: TokenLoss = applied(make, replace(inputs, mask=torch.zeros_like(inputs.mask)))
     assert reduce(out.metrics) == {}
-    empty: TokenLoss = make()(mapped(inputs, lambda tensor: tensor[:0]))
+    empty: TokenLoss = applied(make, mapped(inputs, lambda tensor: tensor[:0]))
     assert empty.per_token.shape == (0, 5)
 
 
@@ -129,7 +154,7 @@ def test_extreme_log_probs_stay_finite(make: Callable[[], Any], gap: float) -> N
     for name in ("logprobs", "behavior_logprobs", "proximal_logprobs", "reference_logprobs"):
         shifted = replace(inputs, **{name: getattr(inputs, name).detach() + gap})
         logprobs = shifted.logprobs.detach().requires_grad_()
-        out: TokenLoss = make()(replace(shifted, logprobs=logprobs))
+        out: TokenLoss = applied(make, replace(shifted, logprobs=logprobs))
         assert out.per_token.isfinite().all()
         if out.per_token.requires_grad:
             (gradient,) = torch.autograd.grad(out.per_token.sum(), [logprobs], allow_unused=True)
