@@ -10,7 +10,7 @@ import torch
 
 from rlsys.advantages import AdvantageInputs, Advantages, Estimator
 from rlsys.advantages.groups import to_tokens
-from rlsys.metrics import Last, Mean
+from rlsys.metrics import Last, Mean, Metric
 from rlsys.registry import Positive
 
 
@@ -59,7 +59,7 @@ class OptimalValue(Estimator):
             kept[rows] = known is not None
         mask = inputs.mask & kept[:, None]
         known_values = [value for value in self.values.values() if value is not None]
-        metrics = {
+        metrics: dict[str, Metric] = {
             "a-star-po/value": Mean.of(known_values),
             "a-star-po/prompts": Last(float(len(self.values))),
             "a-star-po/hopeless": Last(float(len(self.values) - len(known_values))),

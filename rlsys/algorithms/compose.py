@@ -303,7 +303,6 @@ class Algorithm:
         added = torch.zeros(inputs.mask.shape)
         for part in self.regularizers:
             if part.in_reward:
-                assert inputs.reference_logprobs is not None  # every regulariser with in_reward needs it
                 added += part.reward(inputs.behavior_logprobs, inputs.reference_logprobs, inputs.mask)
         if any(part.in_reward for part in self.regularizers):
             metrics["rewards/added_by_regularizers"] = Mean(float(added.sum()), float(inputs.scored.sum()))

@@ -93,7 +93,7 @@ class Regularizer(_Part):
         """The loss term, its coefficient included."""
         raise NotImplementedError
 
-    def reward(self, behavior_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def reward(self, behavior_logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
         """The token reward [B, T] to add, its coefficient included. Only for `in_reward`."""
         raise NotImplementedError
 

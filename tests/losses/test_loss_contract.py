@@ -18,7 +18,8 @@ from rlsys.registry import discover
 LOSSES = discover(policy, Loss)
 CORRECTIONS = discover(corrections, Correction)
 REGULARIZERS = discover(regularizers, Regularizer)
-ADDED: dict[str, Callable[[], Any]] = {**LOSSES, **REGULARIZERS}
+IN_LOSS = {name: cls for name, cls in REGULARIZERS.items() if cls.in_reward is False}
+ADDED: dict[str, Callable[[], Any]] = {**LOSSES, **IN_LOSS}
 added = pytest.mark.parametrize("make", ADDED.values(), ids=ADDED.keys())
 correction = pytest.mark.parametrize("make", CORRECTIONS.values(), ids=CORRECTIONS.keys())
 EXTRAS = sorted({name for cls in ADDED.values() for name in cls.needs_extras})

@@ -60,6 +60,7 @@ class KL(Regularizer):
         metrics = token_means(inputs.mask, {f"reference/kl_{self.estimator}": kl})
         return TokenLoss((self.coefficient * kl).masked_fill(~inputs.mask, 0), metrics)
 
-    def reward(self, behavior_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def reward(self, behavior_logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+        assert reference_logprobs is not None
         kl = ESTIMATORS[self.estimator](behavior_logprobs, reference_logprobs)
         return (-self.coefficient * kl).masked_fill(~mask, 0)
