@@ -27,6 +27,7 @@ Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+NonNegativeCount = Annotated[int, Field(ge=0)]
 AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlsys.advantages import AdvantageInputs, Advantages, Estimator
-from rlsys.registry import NonNegative, UnitInterval
+from rlsys.advantages.return_to_go import returns_to_go
+from rlsys.registry import NonNegative, NonNegativeCount, UnitInterval
 
 
 @dataclass
@@ -22,6 +23,10 @@ class GAE(Estimator):
 
     t + 1 is the next token that the policy chose: tokens of a tool or environment in between are stepped over. After
     the last one V = 0, also when the response was cut at its limit. Schulman et al. 2016, equation 16.
+
+    With `extended` an unfinished response is no end: V after its last token is that of its last token, its last
+    `drop_last` tokens are not trained on, and the critic learns nothing from it; the others' targets are the rewards to
+    come (lam = 1). That is EGAE of truncated PPO, Fan et al. 2025, arXiv:2506.15050.
     """
 
     name = "gae"
@@ -32,12 +37,18 @@ class GAE(Estimator):
     lam: UnitInterval = 0.95
     whiten: bool = True
     eps: NonNegative = 1e-8
+    extended: bool = False
+    drop_last: NonNegativeCount = 0
 
     def __call__(self, inputs: AdvantageInputs) -> Advantages:
         assert inputs.values is not None, "gae needs the critic's values"
         mask, values = inputs.mask, inputs.values
         advantages = torch.zeros_like(values)
-        next_value = values.new_zeros(len(values))
+        cut = torch.zeros(len(values), dtype=torch.bool)
+        if self.extended and inputs.finished is not None:
+            cut = ~inputs.finished
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        next_value = torch.where(cut & mask.any(1), values.gather(1, last[:, None])[:, 0], 0.0)
         next_advantage = values.new_zeros(len(values))
         for t in reversed(range(values.shape[1])):
             delta = inputs.token_rewards[:, t] + self.gamma * next_value - values[:, t]
@@ -45,10 +56,18 @@ class GAE(Estimator):
             next_value = torch.where(mask[:, t], values[:, t], next_value)
             next_advantage = torch.where(mask[:, t], advantage, next_advantage)
             advantages[:, t] = torch.where(mask[:, t], advantage, 0)
-        returns = (advantages + values).masked_fill(~mask, 0)
+        returns = advantages + values
+        if self.extended:
+            returns = returns_to_go(inputs.token_rewards, mask, self.gamma).float()
+            returns = torch.where(cut[:, None], values, returns)  # no error, so no gradient
+        returns = returns.masked_fill(~mask, 0)
+        trained = mask
+        if self.drop_last:
+            to_come = mask.flip(1).cumsum(1).flip(1)  # trained tokens from here on
+            trained = mask & ~(cut[:, None] & (to_come <= self.drop_last))
         if self.whiten:
-            advantages = whiten(advantages, mask, self.eps)
-        return Advantages(advantages, returns)
+            advantages = whiten(advantages, trained, self.eps)
+        return Advantages(advantages.masked_fill(~trained, 0), returns, mask=trained)
 
 
 def whiten(values: Tensor, mask: Tensor, eps: float) -> Tensor:

@@ -50,6 +50,8 @@ def test_describe_by_hand() -> None:
         ("lam", "float", 0.95),
         ("whiten", "bool", True),
         ("eps", "float", 1e-8),
+        ("extended", "bool", False),
+        ("drop_last", "int", 0),
     ]
     assert gae.equation.splitlines()[0] == "delta_t = r_t + gamma * V_{t+1} - V_t"
     kl = info.parts[4]

@@ -53,7 +53,7 @@ def test_grpo_by_default() -> None:
         "filter": [],
         "loss": {"name": "ppo-clip", "low": 0.2, "high": 0.2, "dual_clip": None},
         "correction": {"name": "none"},
-        "regularize": [{"name": "kl", "coefficient": 0.04, "estimator": "k3", "in_reward": False}],
+        "regularize": [{"name": "kl", "coefficient": 0.04, "estimator": "k3", "in_reward": False, "final": None}],
         "aggregate": {"name": "sequence-mean-token-mean"},
         "epochs": 1,
         "minibatches": 1,

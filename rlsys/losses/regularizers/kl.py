@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlsys.losses import LossInputs, Regularizer, TokenLoss
 from rlsys.losses.measure import token_means
+from rlsys.metrics import Last
 from rlsys.registry import NonNegative
 
 
@@ -43,7 +44,8 @@ class KL(Regularizer):
     k2's is that of KL(pi || pi_ref), k3's is that of KL(pi_ref || pi). As values, k1 and k3 are unbiased for
     KL(pi || pi_ref). With `in_reward`, `-coefficient * k(pi_behav, pi_ref)` is added to each token's reward
     instead, so that it passes through the advantage estimator (k1: Ziegler et al. 2019). k3 as a loss is GRPO's,
-    arXiv:2402.03300, equation 4 (coefficient 0.04). A coefficient of 0 only measures.
+    arXiv:2402.03300, equation 4 (coefficient 0.04). A coefficient of 0 only measures. With `final`, the coefficient
+    moves in a straight line from `coefficient` at the first step to `final` at the last (in the loss only).
     """
 
     name = "kl"
@@ -53,12 +55,17 @@ class KL(Regularizer):
     coefficient: NonNegative = 0.001
     estimator: Literal["k1", "k2", "k3"] = "k3"
     in_reward: bool = False
+    final: NonNegative | None = None
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         assert inputs.reference_logprobs is not None
         kl = ESTIMATORS[self.estimator](inputs.logprobs, inputs.reference_logprobs)
         metrics = token_means(inputs.mask, {f"reference/kl_{self.estimator}": kl})
-        return TokenLoss((self.coefficient * kl).masked_fill(~inputs.mask, 0), metrics)
+        coefficient = self.coefficient
+        if self.final is not None:
+            coefficient += (self.final - self.coefficient) * inputs.progress.fraction
+            metrics["reference/kl_coefficient"] = Last(coefficient)
+        return TokenLoss((coefficient * kl).masked_fill(~inputs.mask, 0), metrics)
 
     def reward(self, behavior_logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
         assert reference_logprobs is not None
