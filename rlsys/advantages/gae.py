@@ -24,9 +24,10 @@ class GAE(Estimator):
     t + 1 is the next token that the policy chose: tokens of a tool or environment in between are stepped over. After
     the last one V = 0, also when the response was cut at its limit. Schulman et al. 2016, equation 16.
 
-    With `extended` an unfinished response is no end: V after its last token is that of its last token, its last
-    `drop_last` tokens are not trained on, and the critic learns nothing from it; the others' targets are the rewards to
-    come (lam = 1). That is EGAE of truncated PPO, Fan et al. 2025, arXiv:2506.15050.
+    With `extended` an unfinished response is no end: V after its last token is that of its last token, the reward of
+    its last token (the score, and a KL in the reward) is left out, its last `drop_last` tokens are not trained on, and
+    the critic learns nothing from it; the others' targets are the rewards to come (lam = 1). That is EGAE of truncated
+    PPO, Fan et al. 2025, arXiv:2506.15050.
     """
 
     name = "gae"
@@ -48,17 +49,20 @@ class GAE(Estimator):
         if self.extended and inputs.finished is not None:
             cut = ~inputs.finished
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        rewards = inputs.token_rewards
+        if cut.any():
+            rewards = rewards.masked_fill(cut[:, None] & (torch.arange(mask.shape[1]) == last[:, None]), 0)
         next_value = torch.where(cut & mask.any(1), values.gather(1, last[:, None])[:, 0], 0.0)
         next_advantage = values.new_zeros(len(values))
         for t in reversed(range(values.shape[1])):
-            delta = inputs.token_rewards[:, t] + self.gamma * next_value - values[:, t]
+            delta = rewards[:, t] + self.gamma * next_value - values[:, t]
             advantage = delta + self.gamma * self.lam * next_advantage
             next_value = torch.where(mask[:, t], values[:, t], next_value)
             next_advantage = torch.where(mask[:, t], advantage, next_advantage)
             advantages[:, t] = torch.where(mask[:, t], advantage, 0)
         returns = advantages + values
         if self.extended:
-            returns = returns_to_go(inputs.token_rewards, mask, self.gamma).float()
+            returns = returns_to_go(rewards, mask, self.gamma).float()
             returns = torch.where(cut[:, None], values, returns)  # no error, so no gradient
         returns = returns.masked_fill(~mask, 0)
         trained = mask

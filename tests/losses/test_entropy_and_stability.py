@@ -98,13 +98,13 @@ def test_balanced_clip_counts_every_row_of_the_update() -> None:
 
 
 def test_heterogeneous_clip_by_hand() -> None:
-    cases = [(r, a, h) for r in (0.7, 0.95, 1.05, 1.3, 5.0) for a in (-1.0, 2.0) for h in (-0.5, 0.0, 0.5)]
+    cases = [(r, a, h) for r in (0.7, 0.87, 0.95, 1.05, 1.12, 1.3, 5.0) for a in (-1.0, 2.0) for h in (-0.5, 0.0, 0.5)]
     inputs = loss_inputs([[r for r, _, _ in cases]], [[a for _, a, _ in cases]])
     score = torch.tensor([[h for _, _, h in cases]])
     expected = []
     for r, a, h in cases:
         low, high = (0.2 * (1 - h), 0.2) if h <= 0 else (0.2, 0.2 * (1 + h))
-        inside = 0.9 < r < 1.1
+        inside = 1 - low / 2 < r < 1 + high / 2
         if (h > 0 and not inside) or (h <= 0 and inside):
             a = a * (1 + h)
         value = max(-a * r, -a * min(max(r, 1 - low), 1 + high))
@@ -194,6 +194,22 @@ def test_entropy_filter_and_its_start_over_a_resume() -> None:
     assert wild(replace(inputs, entropy=entropy + 1), given).mask.any(1).all(), "a policy that starts wild is let be"  # type: ignore[union-attr]
 
 
+def test_gtpo_prices_the_entropy_of_a_token_with_its_conflict_factor() -> None:
+    """(A_i - gamma * H_i) * lambda_t, with lambda from the signs of A_i, and filtered responses still in conflict."""
+    entropy = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.9, 0.9], [0.3, 0.3, 0.3]])
+    ids = torch.tensor([[5, 6, 7], [5, 8, 9], [5, 6, 1]])
+    scores = [0.05, -1.0, 1.0]
+    inputs = batch([3, 3, 3], scores, [0, 0, 0], token_ids=ids, entropy=entropy)
+    rule = EntropyFilter(gamma=1.0, limit=0.7)
+    rule.start = 0.1
+    conflicts = ConflictTokens()(inputs, Advantages(torch.tensor(scores)[:, None].expand(3, 3)))
+    out = rule(inputs, conflicts)
+    expected = [[2 * (0.05 - 0.1), 0.05 - 0.1, 0.05 - 0.1], [0, 0, 0], [2 * 0.7, 0.7, 0.7]]
+    np.testing.assert_allclose(out.advantages, expected, rtol=1e-5, atol=1e-7)
+    assert out.mask is not None
+    assert out.mask.any(1).tolist() == [True, False, True]
+
+
 # ---- entropy ------------------------------------------------------------------------------------------------------
 
 
@@ -248,9 +264,9 @@ def test_clip_advantages() -> None:
 
 
 def test_extended_gae() -> None:
-    """Row 0 is finished, row 1 was cut: its value goes on after the last token, and teaches the critic nothing."""
+    """Row 0 is finished, row 1 was cut: its value goes on after its last token, its score is left out."""
     values = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.6, 0.7]])
-    inputs = batch([3, 3], [1.0, 0.0], [0, 1], values=values, finished=torch.tensor([True, False]))
+    inputs = batch([3, 3], [1.0, -2.0], [0, 1], values=values, finished=torch.tensor([True, False]))
     out = GAE(gamma=0.9, lam=0.8, whiten=False, extended=True, drop_last=1)(inputs)
     expected = np.zeros((2, 3))
     for row, (rewards, after) in enumerate((([0, 0, 1.0], 0.0), ([0, 0, 0.0], 0.7))):

@@ -21,7 +21,8 @@ class ConflictTokens(Adjustment):
         A <- weight * A  for conflict tokens of good responses,   0 * A  for those of bad ones
 
     Simoni et al. 2025 (GTPO), equation 4, weight = 2; a token that conflicts both from the start and from the end gets
-    the factor twice, as in the authors' code.
+    the factor twice, as in the authors' code. Which responses are good is a matter of their score, so this comes before
+    `entropy-filter`, which has responses of both kinds take part here and shifts advantages across zero afterwards.
     """
 
     name = "conflict-tokens"
@@ -29,6 +30,8 @@ class ConflictTokens(Adjustment):
     unverified = (
         "the code also divides a response's loss by its number of conflict tokens, which the paper does not have"
     )
+
+    provides = ("conflict_factor",)
 
     weight: NonNegative = 2.0
 
@@ -51,7 +54,9 @@ class ConflictTokens(Adjustment):
         spread = torch.ones(mask.shape).scatter(1, order, factor)
         conflicts = float(((first | last) & inside).sum())
         metrics = {"gtpo/conflict_tokens": Mean(conflicts, float(mask.sum()))}
-        return replace(advantages, advantages=given * torch.where(mask, spread, 1.0), metrics=metrics)
+        spread = torch.where(mask, spread, 1.0)
+        extras = {**advantages.extras, "conflict_factor": spread}
+        return replace(advantages, advantages=given * spread, extras=extras, metrics=metrics)
 
 
 def _packed(token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlsys.advantages import Adjustment, AdvantageInputs, Advantages
-from rlsys.metrics import Last, Mean
+from rlsys.metrics import Last, Mean, Metric
 from rlsys.registry import NonNegative, Positive, UnitInterval
 
 LOG_2 = math.log(2)
@@ -75,7 +76,7 @@ class EntropyScore(Adjustment):
         score = torch.zeros(mask.shape)
         if mask.any():
             x = inputs.entropy[mask].double().clamp(min=1e-8).log()
-            centred = x - torch.quantile(x, self.pivot)
+            centred = x - float(np.quantile(x.numpy(), self.pivot))  # torch's takes 16 million numbers at most
             deviation = centred.square().mean().sqrt()
             z = centred / deviation if deviation > 1e-9 else torch.zeros_like(centred)
             above, below = float(z.max()), float(z.min())
@@ -93,7 +94,8 @@ class EntropyFilter(Adjustment):
         H_i = mean_t H of the response;    start = mean H of the first batch
         A_i <- A_i - gamma * H_i;   and no training on response i  where start < limit and H_i > limit
 
-    Simoni et al. 2025 (GTPO), equation 6: gamma = 0.1, limit = log 2.
+    Simoni et al. 2025 (GTPO), equation 6: gamma = 0.1, limit = log 2. After `conflict-tokens` its factor holds for the
+    whole of A_i - gamma * H_i. The authors' code filters from the first step on, with limit = 0.7.
     """
 
     name = "entropy-filter"
@@ -113,8 +115,9 @@ class EntropyFilter(Adjustment):
             self.start = float(mean[trained].mean())
         scattered = trained & (mean > self.limit) & (self.start is not None and self.start < self.limit)
         kept = mask & ~scattered[:, None]
-        adjusted = (advantages.advantages - self.gamma * mean[:, None]) * kept
-        metrics = {
+        price = self.gamma * mean[:, None] * advantages.extras.get("conflict_factor", torch.ones(mask.shape))
+        adjusted = (advantages.advantages - price) * kept
+        metrics: dict[str, Metric] = {
             "gtpo/filtered": Mean(float(scattered.sum()), float(trained.sum())),
             "gtpo/entropy": Mean(float(mean[trained].sum()), float(trained.sum())),
             "gtpo/start_entropy": Last(self.start or 0.0),

@@ -25,8 +25,9 @@ class BalancedClip(Loss):
         L = max(-A * rho, -A * clip(rho, low, high)),   L = min(L, -A * dual_clip) where A < 0
 
     Xi et al. 2025 (BAPO), algorithm 1, as in the authors' code: bounds on the ratio itself, low 0.8 to 0.95, high 1.2
-    to 2, step 0.05, target 0.5. Raising `low` takes negative tokens of small ratio out, raising `high` lets positive
-    ones of large ratio in. The search is over every row of the update, on all ranks, not over a micro-batch.
+    to 2, step 0.05, target 0.5; a share s of pos in pos + neg is the target s / (1 - s). Raising `low` takes negative
+    tokens of small ratio out, raising `high` lets positive ones of large ratio in. The search is over every row of the
+    update, on all ranks, not over a micro-batch.
     """
 
     name = "balanced-clip"

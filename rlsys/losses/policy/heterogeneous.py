@@ -22,8 +22,8 @@ class HeterogeneousClip(Loss):
         h > 0:   A_h outside the neutral zone, A inside;        h <= 0:  A_h inside, A outside
         L = max(-A * rho, -A * clip(rho, 1 - low, 1 + high)),   L = min(L, -A * dual_clip) where A < 0
 
-    Liu et al. 2025 (HAPO), section 3, as in the authors' code but for the sign of h: there a certain token comes out
-    positive, against the paper's description.
+    Liu et al. 2025 (HAPO), section 3, as in the authors' code, where the neutral zone is that of the changed bounds,
+    but for the sign of h: there a certain token comes out positive, against the paper's description.
     """
 
     name = "heterogeneous-clip"
@@ -43,7 +43,7 @@ class HeterogeneousClip(Loss):
         ratio = log_ratio(inputs).exp()
         low = torch.where(score <= 0, self.low * (1 - self.scale * score), self.low)
         high = torch.where(score > 0, self.high * (1 + self.scale * score), self.high)
-        inside = (ratio > 1 - self.low / 2) & (ratio < 1 + self.high / 2)
+        inside = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
         boosted = torch.where(score > 0, ~inside, inside)
         advantages = torch.where(boosted, inputs.advantages * (1 + self.boost * score), inputs.advantages)
         loss = torch.maximum(-advantages * ratio, -advantages * torch.minimum(torch.maximum(ratio, 1 - low), 1 + high))
