@@ -13,9 +13,9 @@ Shapes: B rollouts, T response tokens, K reward components; `mask` is True on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -85,15 +85,23 @@ class Estimator(Part):
         return None
 
 
+class Estimate(Protocol):
+    """Runs the estimator on scores [B] in the place of the weighted sum of the components."""
+
+    def __call__(self, scores: Tensor, *, penalties: bool = True) -> Advantages:
+        """`penalties`: with what regularisers add to the rewards, such as the KL."""
+        ...
+
+
 class Combiner(Part):
     """Makes one signal of the reward components."""
 
     needs_components: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
     estimates_often: ClassVar[bool] = False  # calls `estimate` more than once, so the estimator must be without memory
 
-    def __call__(self, inputs: AdvantageInputs, estimate: Callable[[Tensor], Advantages]) -> Advantages:
-        """`estimate(scores)` runs the estimator on scores [B] in the place of `inputs.scores`, which are the weighted
-        sum of the components; KL in the reward is added by it."""
+    def __call__(self, inputs: AdvantageInputs, estimate: Estimate) -> Advantages:
+        """`inputs.scores` are the weighted sum of the components, without penalties."""
         raise NotImplementedError
 
 

@@ -153,7 +153,7 @@ class Algorithm:
     def needs(self) -> Needs:
         before, after = self._before, self._in_loss
         return Needs(
-            reference=any(part.needs_reference for part in (*before, *after, *self.regularizers)),
+            reference=any(part.needs_reference for part in (self.combiner, *before, *after, *self.regularizers)),
             values=self.estimator.needs_values,
             proximal=any(part.needs_proximal for part in (*before, *after)),
             entropy=any(part.needs_entropy for part in after),
@@ -307,15 +307,10 @@ class Algorithm:
         if any(part.in_reward for part in self.regularizers):
             metrics["rewards/added_by_regularizers"] = Mean(float(added.sum()), float(inputs.scored.sum()))
 
-        def estimate(scores: Tensor) -> Advantages:
-            scores = scores.float()
-            return self.estimator(
-                replace(
-                    inputs,
-                    scores=scores + added.sum(1),
-                    token_rewards=_on_last_token(scores, inputs.mask) + added,
-                )
-            )
+        def estimate(scores: Tensor, *, penalties: bool = True) -> Advantages:
+            scores, more = scores.float(), added if penalties else added * 0
+            rewards = _on_last_token(scores, inputs.mask) + more
+            return self.estimator(replace(inputs, scores=scores + more.sum(1), token_rewards=rewards))
 
         out = self.combiner(inputs, estimate)
         parts = [metrics, out.metrics]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from rlsys.advantages import AdvantageInputs, Advantages, Combiner
+from rlsys.advantages import AdvantageInputs, Advantages, Combiner, Estimate
 from rlsys.metrics import merge
 
 
@@ -26,7 +24,7 @@ class PerComponent(Combiner):
     paper = "Xiao et al. 2025, BNPO: Beta Normalization Policy Optimization, arXiv:2506.02864"
     estimates_often = True
 
-    def __call__(self, inputs: AdvantageInputs, estimate: Callable[[Tensor], Advantages]) -> Advantages:
+    def __call__(self, inputs: AdvantageInputs, estimate: Estimate) -> Advantages:
         assert inputs.components is not None
         parts = [estimate(column.nan_to_num(0.0)) for column in inputs.components.unbind(1)]
         mean = torch.stack([part.advantages for part in parts]).mean(0)

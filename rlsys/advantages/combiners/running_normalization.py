@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rlsys.advantages import AdvantageInputs, Advantages, Combiner
+from rlsys.advantages import AdvantageInputs, Advantages, Combiner, Estimate
 from rlsys.metrics import Last, Metric, merge
 from rlsys.registry import Positive
 
@@ -32,7 +31,7 @@ class RunningNormalization(Combiner):
     mean: float = field(default=0.0, init=False)
     square: float = field(default=0.0, init=False)  # sum of squared deviations
 
-    def __call__(self, inputs: AdvantageInputs, estimate: Callable[[Tensor], Advantages]) -> Advantages:
+    def __call__(self, inputs: AdvantageInputs, estimate: Estimate) -> Advantages:
         scores = inputs.scores[inputs.scored].double()
         if len(scores):
             count = self.count + len(scores)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from rlsys.advantages import AdvantageInputs, Advantages, Combiner
+from rlsys.advantages import AdvantageInputs, Advantages, Combiner, Estimate
 
 
 @dataclass
@@ -23,5 +20,5 @@ class WeightedSum(Combiner):
     paper = "Roijers et al. 2013, A Survey of Multi-Objective Sequential Decision-Making, doi:10.1613/jair.3987"
     needs_components = False
 
-    def __call__(self, inputs: AdvantageInputs, estimate: Callable[[Tensor], Advantages]) -> Advantages:
+    def __call__(self, inputs: AdvantageInputs, estimate: Estimate) -> Advantages:
         return estimate(inputs.scores)
