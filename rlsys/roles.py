@@ -145,6 +145,18 @@ class Reference(Protocol):
         """Handle of a tuple with one float32 [T] array per rollout of the scored group."""
         ...
 
+    async def update(self, weights: PublishedWeights) -> None:
+        """Take the policy's weights in, as `reference.update` says."""
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write the weights below `directory`; asked for only where they move."""
+        ...
+
+    async def load(self, directory: Path) -> int:
+        """Load what `save` wrote; return the version of the newest policy weights in it, 0: none yet."""
+        ...
+
     async def close(self) -> None: ...
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from rlsys.config.models import Config
-from rlsys.errors import WorkerDied
+from rlsys.errors import RlsysError, WorkerDied
 from rlsys.reference.server import ReferenceServer
-from rlsys.roles import Handle
+from rlsys.roles import Handle, PublishedWeights
 from rlsys.types import ScoredGroup
+from rlsys.weights.publish import unpack, verify
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -34,6 +36,16 @@ class ReferenceActor:
         arrays = self._server.logprobs(group)
         return len(arrays), arrays
 
+    def update(self, version: int, manifest: Mapping[str, Any], payload: np.ndarray) -> None:
+        verify(payload, manifest)
+        self._server.update(unpack(payload, manifest), version)
+
+    def save(self, directory: str) -> None:
+        self._server.save(Path(directory))
+
+    def load(self, directory: str) -> int:
+        return self._server.load(Path(directory))
+
 
 class RayReference:
     """The reference policy as the driver sees it (`roles.Reference`)."""
@@ -44,14 +56,35 @@ class RayReference:
     async def logprobs(self, group: Handle) -> Handle:
         """Returns when the group is scored. Raises WorkerDied."""
         refs: list[Any] = self.actor.logprobs.options(num_returns=2).remote(group)
-        try:
-            await refs[0]
-        except RayActorError as error:
-            raise WorkerDied(NAME, str(error).splitlines()[0]) from error
+        await self._answer(refs[0])
         return refs[1]
+
+    async def update(self, weights: PublishedWeights) -> None:
+        """Raises WorkerDied, WeightUpdateError for damaged bytes, DataError for the weights of another model."""
+        # The payload is an argument of its own because Ray fetches references only when they are arguments themselves.
+        await self._answer(self.actor.update.remote(weights.version, weights.manifest, weights.payload))
+
+    async def save(self, directory: Path) -> None:
+        """Raises WorkerDied."""
+        await self._answer(self.actor.save.remote(str(directory)))
+
+    async def load(self, directory: Path) -> int:
+        """Raises WorkerDied, and DataError for what does not load."""
+        version: int = await self._answer(self.actor.load.remote(str(directory)))
+        return version
 
     async def close(self) -> None:
         ray.kill(self.actor)
+
+    async def _answer(self, ref: Any) -> Any:
+        try:
+            return await ref
+        except RayActorError as error:
+            raise WorkerDied(NAME, str(error).splitlines()[0]) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, RlsysError):
+                raise error.cause from error
+            raise
 
 
 async def start_reference(config: Config, model_path: Path) -> RayReference:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsys.config.models import Config
 from rlsys.config.plan import Facts, ModelSize, Plan, make_plan, this_machine, tiny_size
-from rlsys.errors import DataError
+from rlsys.errors import ConfigError, DataError
 from rlsys.models.loading import check_folder
 
 if TYPE_CHECKING:
@@ -37,10 +37,20 @@ def check_config(config: Config) -> Checked:
         check_folder(config.model.path)
     if config.reference.path is not None:
         check_folder(config.reference.path, tokenizer=False)
+    if config.reference.average_with is not None:
+        check_folder(config.reference.average_with, tokenizer=False)
 
     from rlsys.algorithms.compose import Algorithm
 
     algorithm = Algorithm.from_config(config.algorithm)
+    if not algorithm.needs.reference:
+        reference = config.reference
+        for key, wanted in (("update", reference.update != "frozen"), ("average_with", bool(reference.average_with))):
+            if wanted:
+                raise ConfigError(
+                    f"reference.{key}: the algorithm {config.algorithm.preset!r} compares with no reference; remove "
+                    "the key, or add a part that does, such as the regulariser kl"
+                )
 
     from rlsys.prompts.stream import PromptStream, eval_prompts
     from rlsys.rewards.check import check as check_rewards

@@ -203,6 +203,13 @@ class ReferenceConfig(Strict):
     """Started only when the algorithm needs reference log-probs."""
 
     path: str | None = Field(None, description="null: the initial model.")
+    average_with: str | None = Field(None, description="A second model: the reference is the average of both weights.")
+    weight: Fraction = Field(0.5, description="average_with: the share of the first model.")
+    update: Literal["frozen", "every", "moving_average"] = Field(
+        "frozen", description="every: become the policy. moving_average: go a step towards it."
+    )
+    every: PositiveInt = Field(1, description="update: steps from one update to the next.")
+    decay: Fraction = Field(0.99, description="moving_average: what is kept of the reference at each update.")
     micro_batch_tokens: PositiveInt = Field(16384, description="Tokens in one forward pass, padding included.")
     threads: PositiveInt | None = Field(None, description="CPU threads of the server; null: 1.")
     start_timeout_s: PositiveFloat = Field(300.0, description="The server must have loaded its model by then.")

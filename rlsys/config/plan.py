@@ -225,7 +225,12 @@ def _roles(config: Config, facts: Facts, row_tokens: int, cores: int) -> tuple[R
         RolePlan("reward worker", config.rewards.workers, 1, 0, _REWARDER_GIB),
     ]
     if facts.needs_reference:
-        roles.append(RolePlan("reference", 1, config.reference.threads or 1, int(gpu), _REFERENCE_GIB + host * weights))
+        reference = config.reference
+        copies = 1.0 if reference.average_with is None else 2.0
+        if reference.update == "moving_average" and width < 4:
+            copies += 4 / width  # kept in float32 beside the model
+        memory = _REFERENCE_GIB + host * copies * weights
+        roles.append(RolePlan("reference", 1, reference.threads or 1, int(gpu), memory))
     return tuple(roles)
 
 
@@ -270,6 +275,11 @@ def _choices(config: Config) -> list[str]:
         problems.append(
             f"model.tiny.warm_start fits the model to worked sums, but prompts.train.kind is "
             f"{config.prompts.train.kind}: set model.tiny.warm_start.steps to 0, or give a model.path"
+        )
+    if config.weights.engine == "nccl" and config.reference.update != "frozen":
+        problems.append(
+            f"reference.update: {config.reference.update} needs weights.engine: object_store, from where the reference "
+            "takes the policy's weights"
         )
     if config.weights.engine == "nccl" and not gpu:
         problems.append("weights.engine: nccl needs profile: gpu; on profile cpu use object_store")

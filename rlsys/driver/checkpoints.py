@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-000050/manifest.json   what is in it: size and SHA-256 of every file, and where the run stood
     RUN/checkpoints/step-000050/learner/...     whatever the learner saved
+    RUN/checkpoints/step-000050/reference/...   the reference, where it moves (reference.update)
 
 A directory without a manifest that fits its files is not a checkpoint.
 """
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LEARNER = "learner"
+REFERENCE = "reference"
 FORMAT = 1
 
 
@@ -50,6 +52,10 @@ class Checkpoint:
     @property
     def learner(self) -> Path:
         return self.path / LEARNER
+
+    @property
+    def reference(self) -> Path:
+        return self.path / REFERENCE
 
 
 class Checkpoints:

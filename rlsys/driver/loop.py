@@ -34,7 +34,7 @@ from rlsys.config.identity import config_hash
 from rlsys.config.models import Config
 from rlsys.driver import options
 from rlsys.driver.buffer import GroupBuffer
-from rlsys.driver.checkpoints import Checkpoints, Manifest
+from rlsys.driver.checkpoints import REFERENCE, Checkpoints, Manifest
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.gate import StalenessGate
 from rlsys.driver.progress import Recorder, Totals
@@ -44,7 +44,7 @@ from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPool, WorkFailed
 from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, WorkerDied
 from rlsys.ledger.ledger import Ledger
-from rlsys.roles import Roles, Scored, StepReport, Tracker, TrainItem
+from rlsys.roles import Reference, Roles, Scored, StepReport, Tracker, TrainItem
 from rlsys.types import GroupInfo, Prompt
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class Driver:
             due = self.config.eval.every, self.config.checkpoint.every
             evaluate, save = (every > 0 and self.step % every == 0 and self.step < self.steps for every in due)
             self._held = self.bound == 0 and (evaluate or save)  # before the gate can open
-            await self._publish()
+            await self._publish(moves_reference=True)
             if evaluate:
                 evaluation = self._spawn(self.evaluator.meanwhile(self.step, self.config.eval.every_prompts))
                 if self._held:
@@ -240,9 +240,7 @@ class Driver:
             return await self._drop(prompt, reason, info, on_disk=True)
         reference = None
         if self.roles.reference is not None:
-            seconds = self.config.learner.step_timeout_s
-            late = EngineError(f"the reference did not score {prompt.id} within learner.step_timeout_s={seconds:g} s")
-            reference = await within(seconds, self.roles.reference.logprobs(scored.payload), late)
+            reference = await self._reference(self.roles.reference.logprobs(scored.payload), f"score {prompt.id}")
         self.ledger.buffered(info)
         self.buffer.finish(prompt.index, info.min_version, TrainItem(info, scored.payload, reference))
         self.bell.ring()
@@ -325,12 +323,26 @@ class Driver:
         if every and step % every == 0 and (samples := await self._store(self.roles.store.samples(step, rows))):
             self.tracker.log_samples(step, samples)
 
-    async def _publish(self) -> None:
+    async def _publish(self, moves_reference: bool = False) -> None:
+        """`moves_reference`: these weights are new, so a reference that follows the policy takes them when it is due.
+
+        It does so before any generator has them: with a bound of 0, every group is scored by the reference of its step.
+        """
         started = self.recorder.now()
         weights = await self._learner(self.roles.learner.publish(), "publish its weights")
         self.recorder.published(weights)
         self.recorder.event(f"publish {weights.version}", started, self.recorder.now(), "learner")
+        if moves_reference and self._moving is not None and weights.version % self.config.reference.every == 0:
+            started = self.recorder.now()
+            await self._reference(self._moving.update(weights), f"take version {weights.version}")
+            self.recorder.reference(weights.version)
+            self.recorder.event(f"update to {weights.version}", started, self.recorder.now(), "reference")
         self.weights.publish(weights)
+
+    @property
+    def _moving(self) -> Reference | None:
+        """The reference, where it follows the policy."""
+        return None if self.config.reference.update == "frozen" else self.roles.reference
 
     async def _checkpoint(self) -> None:
         """Save the learner, and where everything else stands. Production goes on meanwhile."""
@@ -346,6 +358,10 @@ class Driver:
             totals=self.recorder.snapshot(),
         )
         await self._learner(self.roles.learner.save(directory), "save a checkpoint")
+        if self._moving is not None:
+            place = directory.parent / REFERENCE
+            await asyncio.to_thread(place.mkdir)
+            await self._reference(self._moving.save(place), "save a checkpoint")
         await self.ledger.flush()
         await asyncio.to_thread(self.checkpoints.commit, manifest)
         self._saved = self.step
@@ -360,6 +376,7 @@ class Driver:
         used = checkpoint is not None or self.ledger.position > 0
         if used and self.config.run.resume == "never":
             raise RunDirError("run.resume is never, but the run directory has been used: choose another run.dir")
+        taken = 0  # version of the policy that the reference has
         if checkpoint is not None:
             manifest = checkpoint.manifest
             if manifest.config != config_hash(self.config):
@@ -367,8 +384,12 @@ class Driver:
             version = await self._learner(self.roles.learner.load(checkpoint.learner), f"load {checkpoint.path}")
             if version != manifest.version:
                 raise LearnerError(f"{checkpoint.path} holds version {version}, expected {manifest.version}")
+            if self._moving is not None:
+                taken = await self._reference(self._moving.load(checkpoint.reference), f"load {checkpoint.path}")
             self._saved = version
             self.recorder.resume(Totals(**manifest.totals))
+        if self._moving is not None:
+            self.recorder.reference(taken)
         plan = await recover(checkpoint, self.ledger, self.roles.store, self.batch, self.bound, self.steps)
         self.step = plan.version
         if used:
@@ -437,6 +458,11 @@ class Driver:
             raise LearnerError(
                 f"{error} (asked to {what}, step {self.step}); the same command goes on from the newest checkpoint"
             ) from error
+
+    async def _reference(self, call: Awaitable[T], what: str) -> T:
+        seconds = self.config.learner.step_timeout_s
+        late = EngineError(f"the reference did not {what} within learner.step_timeout_s={seconds:g} s")
+        return await within(seconds, call, late)
 
     async def _store(self, call: Awaitable[T]) -> T:
         late = EngineError(f"the rollout store did not answer in {options.STORE_TIMEOUT_S:g} s")

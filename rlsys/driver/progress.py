@@ -45,6 +45,7 @@ class Recorder:
         groups/under_way, buffered          at the end of the step
         groups/dropped                      since the step before; groups/dropped_length: their mean response tokens
         tokens/generated, trained           in this step; .._per_s: over the time since the step before
+        reference/version                   newest policy weights that the reference has taken in, where it moves
         time/step_s, learner_s              since the step before; in the learner
         wait/learner_for_rollouts_s         the learner had no batch
         wait/generators_for_learner_s       no training prompt was being sampled, since the gate was closed
@@ -66,6 +67,7 @@ class Recorder:
         self._weights: dict[str, Metric] = {}
         self._gather_s: dict[int, float] = {}
         self._weights_version = -1
+        self._reference: int | None = None
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -128,6 +130,10 @@ class Recorder:
             figures["weights/gather_s"] = Last(self._gather_s[report.version])
         self._weights = merge([self._weights, figures])
 
+    def reference(self, version: int) -> None:
+        """The reference has taken the policy's weights in."""
+        self._reference = version
+
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         self.tracker.event(name, start, end, lane)
 
@@ -160,6 +166,8 @@ class Recorder:
             "wait/generators_for_learner_s": Sum(0),
         }
         record = reduce(merge([own, *self._since_step, self._weights, report.metrics]))
+        if self._reference is not None:
+            record["reference/version"] = float(self._reference)
         if elapsed > 0:
             for kind in ("generated", "trained"):
                 record[f"tokens/{kind}_per_s"] = record[f"tokens/{kind}"] / elapsed

@@ -2,34 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from rlsys.config.models import Config
+from rlsys.errors import DataError
 from rlsys.models.loading import load_causal_lm, torch_dtype
 from rlsys.models.logprobs import PolicyModel
+from rlsys.reference.averaging import blend, check_alike
 from rlsys.types import Rollout, ScoredGroup
+
+WEIGHTS = "reference.safetensors"
 
 
 class ReferenceServer:
-    """A frozen `transformers` model. A plain class; no Ray.
+    """A `transformers` model that does not train. A plain class; no Ray.
 
     Groups are never scored together: a batch's composition changes the last bits of its results, and which groups
-    arrive at the same time is chance. `model_path` is used unless `reference.path` names another model.
+    arrive at the same time is chance. `model_path` is used unless `reference.path` names another model;
+    `reference.average_with` averages its weights with those of a second one. `update` takes the policy's weights in, as
+    `reference.update` says; `version` is the newest of them, 0 before the first.
     """
 
     def __init__(self, config: Config, model_path: str | Path) -> None:
+        """Raises DataError for models that do not load or do not fit together."""
+        reference = config.reference
         self._device = torch.device("cuda" if config.profile == "gpu" else "cpu")
         if config.profile == "cpu":
-            torch.set_num_threads(config.reference.threads or 1)
-        model = load_causal_lm(config.reference.path or model_path, torch_dtype(config.model.dtype))
-        self._model = PolicyModel(model).to(self._device).requires_grad_(False)
-        self._budget = config.reference.micro_batch_tokens
+            torch.set_num_threads(reference.threads or 1)
+        dtype = torch_dtype(config.model.dtype)
+        policy = PolicyModel(load_causal_lm(reference.path or model_path, dtype))
+        if reference.average_with is not None:
+            other = PolicyModel(load_causal_lm(reference.average_with, dtype))
+            blend(_weights(policy), _weights(other), reference.weight, "reference.average_with")
+        if reference.update != "frozen" and reference.path is not None:
+            # Now, and not at the first update, which may be hours away.
+            check_alike(_weights(policy), _weights(_empty(model_path)), f"the policy {model_path} (reference.update)")
+        self._model = policy.to(self._device).requires_grad_(False)
+        self._weights = _weights(self._model)
+        self._share = reference.decay if reference.update == "moving_average" else 0.0
+        # A step of a slow average is less than bfloat16 can tell, so it is kept in float32 beside the model.
+        self._average = self._weights
+        if reference.update == "moving_average" and dtype != torch.float32:
+            self._average = {name: tensor.float() for name, tensor in self._weights.items()}
+        self.version = 0
+        self._budget = reference.micro_batch_tokens
         self._chunk = config.learner.logprob_chunk
         self._temperature = config.rollout.temperature
+
+    def update(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Become the policy's weights (`every`), or go a step towards them (`moving_average`).
+
+        `weights` by Hugging Face name. Raises DataError for the weights of another model; nothing is changed then.
+        """
+        blend(self._average, weights, self._share, f"the policy's version {version}")
+        self._show_average()
+        self.version = version
+
+    def save(self, directory: Path) -> None:
+        """Write the weights below `directory`, exactly."""
+        directory.mkdir(parents=True, exist_ok=True)
+        held = {name: tensor.cpu().contiguous() for name, tensor in self._average.items()}
+        save_file(held, directory / WEIGHTS, {"version": str(self.version)})
+
+    def load(self, directory: Path) -> int:
+        """Load what `save` wrote; return the version. Raises DataError when it is not there or does not fit."""
+        path = directory / WEIGHTS
+        try:
+            with safe_open(path, framework="pt") as file:
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                version = int(file.metadata()["version"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"the reference in the checkpoint, {path}, does not load: {error}") from error
+        blend(self._average, held, 0.0, str(path))
+        self._show_average()
+        self.version = version
+        return version
+
+    @torch.no_grad()
+    def _show_average(self) -> None:
+        """Round the average to the model's type."""
+        if self._average is not self._weights:
+            for name, tensor in self._weights.items():
+                tensor.copy_(self._average[name])
 
     @torch.no_grad()
     def logprobs(self, group: ScoredGroup) -> tuple[np.ndarray, ...]:
@@ -68,3 +129,16 @@ class ReferenceServer:
             longest = max(longest, length)
         if held:
             yield held
+
+
+def _empty(path: str | Path) -> PolicyModel:
+    """The model in `path` without its weights: names and shapes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return PolicyModel(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(path))))
+
+
+def _weights(policy: PolicyModel) -> dict[str, Tensor]:
+    """Parameters by Hugging Face name, tied ones once, sharing memory with the model."""
+    return {policy.hf_names[name]: parameter.data for name, parameter in policy.named_parameters()}

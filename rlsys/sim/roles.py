@@ -209,14 +209,34 @@ class SimRewarder(_Mortal):
 
 
 class SimReference(_Mortal):
+    """Its log-probs depend on every version that it has taken in, in order."""
+
     def __init__(self, name: str, timing: Timing, seed: int) -> None:
         super().__init__(name)
         self._timing = timing
         self._rng = random.Random(f"{name}/{seed}")
+        self.state = "initial"
+        self.versions: list[int] = []  # that it has taken in
 
     async def logprobs(self, group: Handle) -> Handle:
         await self.living(pause(self._rng, self._timing.reference_s))
-        return tuple(np.full(len(r.token_ids), -1.0, np.float32) for r in group.rollouts)
+        level = -1 - random.Random(self.state).random()
+        return tuple(np.full(len(r.token_ids), level, np.float32) for r in group.rollouts)
+
+    async def update(self, weights: PublishedWeights) -> None:
+        await self.living(pause(self._rng, self._timing.update_s))
+        self.state = hashlib.sha256(f"{self.state}/{weights.payload}".encode()).hexdigest()
+        self.versions.append(weights.version)
+
+    async def save(self, directory: Path) -> None:
+        await self.living(asyncio.sleep(0))
+        (directory / "reference.json").write_text(json.dumps({"versions": self.versions, "state": self.state}))
+
+    async def load(self, directory: Path) -> int:
+        self.check()
+        saved = json.loads((directory / "reference.json").read_text())
+        self.versions, self.state = saved["versions"], saved["state"]
+        return self.versions[-1] if self.versions else 0
 
 
 @dataclass(slots=True)
@@ -254,8 +274,10 @@ class SimLearner(_Mortal):
         if self._skip(self.version):
             return StepReport(self.version, {}, tokens, self._timing.step_s, skipped="non-finite gradient")
         digest = hashlib.sha256(self.state.encode())
-        for group in groups:
+        for group, item in zip(groups, items, strict=True):
             digest.update(group.prompt.id.encode())
+            for array in item.reference or ():
+                digest.update(array.tobytes())
             for rollout in group.rollouts:
                 digest.update(rollout.token_ids.tobytes())
         self.state = digest.hexdigest()

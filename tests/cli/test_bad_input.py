@@ -46,9 +46,14 @@ def assert_refused(rlsys: Callable, config: Path, overrides: list[str], *pattern
         (["--rollout.max_new_tokens=64"], [r"rollout\.max_new_tokens \(64\)", r"model\.max_length \(64\)"]),
         (["--driver.prompts_per_step=10", "--algorithm.minibatches=4"], [r"prompts_per_step \(10\)", r"\(4\)"]),
         (["--rollout.generators=1000"], [r"rollout\.generators \(1000\) is more than the \d+ cores", r"GiB"]),
-        (["--algorithm.preset=gpro"], [r"algorithm\.preset: no 'gpro'", r"did you mean 'grpo'"]),
+        (["--algorithm.preset=grppo"], [r"algorithm\.preset: no 'grppo'", r"did you mean 'grpo'"]),
         (["--algorithm.loss.lwo=1"], [r"algorithm\.loss\.lwo", r"did you mean 'low'"]),
         (["--algorithm.critic={}"], [r"algorithm\.critic"]),
+        (
+            ["--algorithm.regularize=[]", "--reference.update=every"],
+            [r"reference\.update: the algorithm 'grpo' compares with no reference"],
+        ),
+        (["--reference.average_with=nowhere"], [r"there is no folder nowhere"]),
         (["--model.tiny=null", "--model.path=nowhere"], [r"model\.path: there is no folder nowhere"]),
         (
             ["--rewards.functions.0.kind=python", "--rewards.functions.0.path=nowhere.py:score"],

@@ -110,6 +110,11 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
         (["--rollout.engine.kv_cache_gib=40"], {}, r"rollout\.engine\.kv_cache_gib"),
         (["--model.dtype=bfloat16"], {}, r"learner\.zero_stage: 0 keeps no float32 master weights"),
         (["--weights.engine=nccl"], {}, r"weights\.engine: nccl needs profile: gpu"),
+        (
+            ["--weights.engine=nccl", "--profile=gpu", "--reference.update=every"],
+            {},
+            r"reference\.update: every needs weights\.engine: object_store",
+        ),
         (["--rollout.engine.tensor_parallel=2"], {}, r"rollout\.engine\.tensor_parallel needs profile: gpu"),
         (["--learner.offload=true", "--learner.zero_stage=2"], {}, r"learner\.offload needs profile: gpu"),
         (["--model.path=somewhere"], {}, r"model\.path or model\.tiny: both are given"),
