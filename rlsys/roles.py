@@ -33,6 +33,8 @@ class Sampling:
     top_k: int = -1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    greedy: bool = False  # one more rollout, at temperature 0, as a baseline
+    expert: bool = False  # and the prompt's demonstration
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,14 @@ START = Progress()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Demonstration:
+    """A response out of the data, ending with the end-of-sequence token."""
+
+    text: str
+    token_ids: np.ndarray  # int32 [T]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One draw from a prompt source.
 
@@ -60,6 +68,7 @@ class Prompt:
     answer: str | None
     seed: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    demonstration: Demonstration | None = None  # not kept on disk: a prompt that is drawn again has it again
 
 
 class VersionSpan(NamedTuple):
@@ -181,9 +190,18 @@ class GroupInfo:
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def sampled_tokens(self) -> int:
+        """Without those of demonstrations."""
+        return sum(count for _, count in self.tokens_by_version)
+
 
 def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupInfo:
-    """The metadata of a group (of a `ScoredGroup` when its rewards are given)."""
+    """The metadata of a group (of a `ScoredGroup` when its rewards are given).
+
+    Scores are those of the policy's own rollouts, where there are any.
+    """
+    own = [rollout.origin == "policy" for rollout in group.rollouts]
     spans = [span for rollout in group.rollouts for span in rollout.version_spans]
     by_version: Counter[int] = Counter()
     for span in spans:
@@ -196,7 +214,7 @@ def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupIn
         min_version=min((s.version for s in spans), default=-1),
         max_version=max((s.version for s in spans), default=-1),
         truncated=sum(r.status == "truncated" for r in group.rollouts),
-        scores=tuple(float(r.score) for r in rewards),
+        scores=tuple(float(r.score) for r, mine in zip(rewards, own, strict=False) if mine or not any(own)),
         reward_statuses=tuple(r.status for r in rewards),
         tokens_by_version=tuple(sorted(by_version.items())),
     )

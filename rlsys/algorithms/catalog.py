@@ -79,7 +79,9 @@ def describe(name: str) -> AlgorithmInfo:
         summary=preset.summary,
         family=preset.family,
         paper=preset.paper,
-        needs=tuple(need for need, needed in dataclasses.asdict(algorithm.needs).items() if needed),
+        needs=tuple(
+            need for need, needed in dataclasses.asdict(algorithm.needs).items() if needed and need != "samples"
+        ),
         composition=algorithm.resolved(),
         parts=tuple(_part(key, type(part)) for key, used in algorithm.parts.items() for part in used),
     )

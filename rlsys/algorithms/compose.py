@@ -82,6 +82,7 @@ class Needs:
     components: bool = False  # more than one reward function
     greedy: bool = False  # a greedy rollout of every prompt
     expert: bool = False  # a demonstration of every prompt
+    samples: bool = True  # the policy's own; without, demonstrations are enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +164,7 @@ class Algorithm:
             components=self.combiner.needs_components,
             greedy=self.estimator.needs_greedy,
             expert=self.loss.needs_expert,
+            samples=self.loss.needs_samples,
         )
 
     @property

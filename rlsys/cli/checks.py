@@ -60,6 +60,11 @@ def check_config(config: Config) -> Checked:
     stream = PromptStream.from_config(config.prompts.train, config.prompts, tokenizer, room, config.run.seed)
     rows = min(stream.size or _ROWS_LOOKED_AT, _ROWS_LOOKED_AT)
     longest = max(len(stream.draw(i).token_ids) for i in range(rows))
+    if algorithm.needs.expert and stream.draw(0).demonstration is None:
+        raise ConfigError(
+            f"algorithm: {config.algorithm.preset!r} learns from demonstrations, and prompts.train has none: name "
+            "their key in prompts.train.demonstration_key (of a jsonl or huggingface source), or use the built-in sums"
+        )
     tasks = {config.prompts.train.task}
     held_out = None
     if config.prompts.eval is not None:
@@ -75,6 +80,8 @@ def check_config(config: Config) -> Checked:
         minibatches=algorithm.minibatches,
         needs_reference=algorithm.needs.reference,
         needs_critic=algorithm.needs.values,
+        needs_samples=algorithm.needs.samples,
+        needs_expert=algorithm.needs.expert,
         train_rows=stream.size,
         eval_prompts=held_out,
         longest_prompt=longest,

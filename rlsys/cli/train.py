@@ -56,12 +56,16 @@ async def run(
     common = (config.prompts, tokenizer, config.model.max_length - config.rollout.max_new_tokens, config.run.seed)
     stream = PromptStream.from_config(config.prompts.train, *common)
     held_out = eval_prompts(config.prompts.eval, *common, config.eval.prompts) if config.prompts.eval else ()
-    filters = Algorithm.from_config(config.algorithm).filters
+    algorithm = Algorithm.from_config(config.algorithm)
     with Interrupts(console) as interrupts:
         async with start_roles(config, model_path, run_dir) as roles:
             ledger = Ledger(run_dir / "ledger.sqlite")
             try:
-                driver = Driver(config, roles, ledger, stream, trackers, run_dir, held_out, filters)
+                driver = Driver(
+                    *(config, roles, ledger, stream, trackers, run_dir, held_out, algorithm.filters),
+                    with_greedy=algorithm.needs.greedy,
+                    with_expert=algorithm.needs.expert,
+                )
                 interrupts.driver = driver
                 return await driver.run()
             finally:

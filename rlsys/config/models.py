@@ -90,6 +90,7 @@ class JsonlSource(Strict):
     task: str = "default"
     prompt_key: str = Field("prompt", description="Text, or a list of chat messages.")
     answer_key: str | None = Field("answer", description="Reference answer; null when rewards need none.")
+    demonstration_key: str | None = Field(None, description="A good response, for algorithms that learn from one.")
     metadata_keys: tuple[str, ...] = ()
     limit: PositiveInt | None = Field(None, description="Only the first rows.")
 
@@ -104,6 +105,7 @@ class HuggingFaceSource(Strict):
     task: str = "default"
     prompt_key: str = "prompt"
     answer_key: str | None = "answer"
+    demonstration_key: str | None = None
     metadata_keys: tuple[str, ...] = ()
     limit: PositiveInt | None = None
 
@@ -154,7 +156,7 @@ class EngineConfig(Strict):
 
 class RolloutConfig(Strict):
     generators: PositiveInt = Field(1, description="Engine workers.")
-    samples_per_prompt: PositiveInt = 8
+    samples_per_prompt: NonNegativeInt = Field(8, description="0: none, for algorithms that learn from demonstrations.")
     max_new_tokens: PositiveInt = 64
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -51,6 +51,8 @@ class Facts:
     minibatches: int = 1
     needs_reference: bool = False
     needs_critic: bool = False
+    needs_samples: bool = False  # of the policy
+    needs_expert: bool = False  # a demonstration of every prompt
     train_rows: int | None = None  # None: endless
     eval_prompts: int | None = None  # held-out problems there are, at most eval.prompts
     longest_prompt: int | None = None  # tokens, of the rows looked at
@@ -131,7 +133,7 @@ def tiny_size(config: TinyModelConfig, vocabulary: int) -> ModelSize:
 def make_plan(config: Config, facts: Facts, machine: Machine) -> Plan:
     """The arithmetic of a run. Nothing is raised: see `Plan.problems` and `Plan.check`."""
     rollout, driver, learner = config.rollout, config.driver, config.learner
-    prompts, samples = driver.prompts_per_step, rollout.samples_per_prompt
+    prompts, samples = driver.prompts_per_step, rollout.samples_per_prompt + facts.needs_expert
     rollouts = prompts * samples
     room = max(1, config.model.max_length - rollout.max_new_tokens)
     row_tokens = min(config.model.max_length, (facts.longest_prompt or room) + rollout.max_new_tokens)
@@ -248,8 +250,13 @@ def _arithmetic(config: Config, facts: Facts) -> list[str]:
             f"driver.prompts_per_step ({driver.prompts_per_step}) cannot be cut into algorithm.minibatches "
             f"({facts.minibatches}) of equal size: choose a multiple"
         )
-    rows = driver.prompts_per_step * rollout.samples_per_prompt // facts.minibatches
-    if rows < learner.ranks:
+    if rollout.samples_per_prompt == 0 and facts.needs_samples:
+        problems.append(
+            "rollout.samples_per_prompt is 0, but the algorithm learns from the policy's own samples: raise it, or "
+            "choose one that learns from demonstrations alone (algorithm.preset: sft)"
+        )
+    rows = driver.prompts_per_step * (rollout.samples_per_prompt + facts.needs_expert) // facts.minibatches
+    if 0 < rows < learner.ranks:
         problems.append(
             f"learner.ranks ({learner.ranks}) is more than the {rows} rollouts of one update (driver.prompts_per_step "
             "x rollout.samples_per_prompt / algorithm.minibatches): some ranks would have nothing to do"

@@ -83,7 +83,10 @@ class Driver:
         run_dir: Path,
         eval_prompts: Sequence[Prompt] = (),
         filters: Sequence[GroupFilter] = (),
+        with_greedy: bool = False,
+        with_expert: bool = False,
     ) -> None:
+        """`with_greedy`, `with_expert`: groups hold a greedy rollout, a demonstration, beside the samples."""
         self.config = config
         self.roles = roles
         self.ledger = ledger
@@ -117,7 +120,7 @@ class Driver:
             options.evaluation_sampling(config),
             config.eval.timeout_s,
         )
-        self._sampling = options.training_sampling(config)
+        self._sampling = options.training_sampling(config, with_greedy, with_expert)
         self._redraw: deque[int] = deque()  # indices to be drawn again, before new ones
         self._next_index = 0
         self._stops = 0
@@ -409,7 +412,7 @@ class Driver:
         counted = set(checkpoint.manifest.buffered) if checkpoint is not None else set()
         for scored in plan.reuse:
             if scored.info.prompt_id not in counted:  # sampled after the checkpoint, whose totals do not know of it
-                self.recorder.totals.tokens_generated += scored.info.tokens
+                self.recorder.totals.tokens_generated += scored.info.sampled_tokens
             prompt = self.prompts.draw(scored.info.index)
             self.buffer.start(prompt.index, scored.info.min_version)
             self._spawn(self._buffer(prompt, scored))

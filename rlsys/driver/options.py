@@ -10,7 +10,7 @@ STORE_TIMEOUT_S = 120.0
 REWARD_MARGIN_S = 30.0  # on top of the reward workers' own time limits
 
 
-def training_sampling(config: Config) -> Sampling:
+def training_sampling(config: Config, greedy: bool = False, expert: bool = False) -> Sampling:
     rollout = config.rollout
     return Sampling(
         n=rollout.samples_per_prompt,
@@ -20,6 +20,8 @@ def training_sampling(config: Config) -> Sampling:
         top_k=rollout.top_k,
         stop=rollout.stop,
         ignore_eos=rollout.ignore_eos,
+        greedy=greedy,
+        expert=expert,
     )
 
 
@@ -37,7 +39,7 @@ def generator_options(config: Config, events: PoolEvents) -> PoolOptions:
     rollout = config.rollout
     # Twice what an engine runs at once keeps it busy and leaves the rest for whoever is free first. With a bound of 0 a
     # batch is handed over whole.
-    at_once = max(1, rollout.engine.max_num_seqs // rollout.samples_per_prompt)
+    at_once = max(1, rollout.engine.max_num_seqs // max(1, rollout.samples_per_prompt))
     return PoolOptions(
         kind="generator",
         patience=rollout.stall_timeout_s,
@@ -51,7 +53,7 @@ def generator_options(config: Config, events: PoolEvents) -> PoolOptions:
 def rewarder_options(config: Config, events: PoolEvents) -> PoolOptions:
     rewards = config.rewards
     # A worker may call every function on every rollout of a group one after the other.
-    calls = config.rollout.samples_per_prompt * len(rewards.functions)
+    calls = (config.rollout.samples_per_prompt + 2) * len(rewards.functions)
     return PoolOptions(
         kind="rewarder",
         patience=calls * rewards.timeout_s + REWARD_MARGIN_S,

@@ -97,8 +97,8 @@ class Recorder:
             self._idle_since = None
 
     def generated(self, info: GroupInfo) -> None:
-        self.totals.tokens_generated += info.tokens
-        self._add("tokens/generated", Sum(info.tokens))
+        self.totals.tokens_generated += info.sampled_tokens
+        self._add("tokens/generated", Sum(info.sampled_tokens))
 
     def dropped(self, info: GroupInfo | None) -> None:
         self._add("groups/dropped", Sum(1))

@@ -68,6 +68,7 @@ class _Part(Part):
 class Loss(_Part):
     """The policy loss."""
 
+    needs_samples: ClassVar[bool] = True  # the policy's own; False: demonstrations are enough
     needs_expert: ClassVar[bool] = False  # one demonstration per prompt
     expert_in_group: ClassVar[bool] = False  # demonstrations count in the statistics of their group
     expert_normalizer: ClassVar[Literal["shared", "own"]] = "shared"  # "own": aggregated apart from the other rows

@@ -22,6 +22,7 @@ class RawPrompt:
     content: str | Sequence[Message]
     answer: str | None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    demonstration: str | None = None  # a good response
 
 
 class PromptSource(Protocol):

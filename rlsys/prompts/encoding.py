@@ -64,6 +64,14 @@ class Encoder:
             )
         return Encoded(text, np.array(ids, dtype=np.int32))
 
+    def response(self, text: str, where: str) -> np.ndarray:
+        """Tokens of a demonstration, int32 [T], with the end of sequence. Raises DataError."""
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise DataError(f"{where}: a demonstration needs a tokenizer with an end-of-sequence token")
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.array([*ids, end], dtype=np.int32)
+
     def _text(self, raw: RawPrompt, where: str) -> str:
         text = self._rendered(raw, where)
         if not text.strip():

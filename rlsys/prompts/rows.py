@@ -14,7 +14,12 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def raw_prompt(
-    row: object, prompt_key: str, answer_key: str | None, metadata_keys: Sequence[str], where: str
+    row: object,
+    prompt_key: str,
+    answer_key: str | None,
+    metadata_keys: Sequence[str],
+    where: str,
+    demonstration_key: str | None = None,
 ) -> RawPrompt:
     """Raises DataError, naming `where` and the key, for a missing key, a wrong type or an empty prompt."""
     if not isinstance(row, Mapping):
@@ -24,6 +29,7 @@ def raw_prompt(
         content=_content(_get(row, prompt_key, "prompt_key", where), prompt_key, where),
         answer=answer,
         metadata={key: _get(row, key, "metadata_keys", where) for key in metadata_keys},
+        demonstration=None if demonstration_key is None else _demonstration(row, demonstration_key, where),
     )
 
 
@@ -37,6 +43,15 @@ def _get(row: Mapping[str, Any], key: str, setting: str, where: str) -> Any:
         have = ", ".join(repr(k) for k in row) or "none"
         raise DataError(f"{where}: no key {key!r}{nearest(key, list(row))}; it has {have} (set {setting})")
     return row[key]
+
+
+def _demonstration(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = _get(row, key, "demonstration_key", where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {_kind(value)}, not the text of a demonstration")
+    if not value.strip():
+        raise DataError(f"{where}: {key!r} is an empty demonstration")
+    return value
 
 
 def _content(value: object, key: str, where: str) -> str | tuple[Message, ...]:

@@ -15,7 +15,7 @@ from rlsys.errors import DataError
 from rlsys.prompts import PromptSource
 from rlsys.prompts.encoding import Encoder, TooLong
 from rlsys.prompts.sources import open_source
-from rlsys.types import Prompt
+from rlsys.types import Demonstration, Prompt
 
 
 class PromptStream:
@@ -89,7 +89,11 @@ class PromptStream:
 
     def _prompt(self, index: int, row: int, epoch: str) -> Prompt:
         raw = self._source.row(row)
-        encoded = self._encoder.encode(raw, self._source.where(row))
+        where = self._source.where(row)
+        encoded = self._encoder.encode(raw, where)
+        demonstration = None
+        if raw.demonstration is not None:
+            demonstration = Demonstration(raw.demonstration, self._encoder.response(raw.demonstration, where))
         return Prompt(
             id=f"{self._source.name}/{row}@{epoch}",
             index=index,
@@ -100,6 +104,7 @@ class PromptStream:
             # Below 2**62: a rollout's own seed, some more, still fits 64 bits with a sign.
             seed=stable_hash("sampling", self._seed, epoch == "eval", index) >> 2,
             metadata=raw.metadata,
+            demonstration=demonstration,
         )
 
     def _compute_order(self, epoch: int) -> np.ndarray:

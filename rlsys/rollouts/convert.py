@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlsys.errors import EngineError
+from rlsys.errors import DataError, EngineError
 from rlsys.roles import Sampling
 from rlsys.types import FinishReason, Prompt, Rollout, RolloutGroup, VersionSpan
 
@@ -34,10 +36,45 @@ def sampling_params(prompt: Prompt, sampling: Sampling) -> SamplingParams:
     )
 
 
-def to_group(prompt: Prompt, output: RequestOutput, generator: str) -> RolloutGroup:
-    """Raises EngineError when vLLM ended a sample for another reason than its end or its length."""
-    rollouts = tuple(_to_rollout(prompt, completion) for completion in output.outputs)
-    return RolloutGroup(prompt=prompt, rollouts=rollouts, generator=generator)
+def requests(sampling: Sampling) -> list[Sampling]:
+    """What the engine is asked for, for one prompt: the samples, and a greedy rollout."""
+    asked = [sampling] if sampling.n else []
+    return [*asked, replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=-1)] if sampling.greedy else asked
+
+
+def to_group(prompt: Prompt, sampling: Sampling, outputs: Sequence[RequestOutput], generator: str) -> RolloutGroup:
+    """`outputs` answer `requests(sampling)`; with `sampling.expert` the demonstration comes last.
+
+    Raises EngineError when vLLM ended a sample for another reason than its end or its length, DataError for a prompt
+    without a demonstration where one is wanted.
+    """
+    rollouts = [_to_rollout(prompt, completion) for output in outputs for completion in output.outputs]
+    if sampling.greedy:
+        rollouts[-1] = replace(rollouts[-1], sample=sampling.n, origin="greedy")
+    if sampling.expert:
+        rollouts.append(expert_rollout(prompt, len(rollouts)))
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts), generator=generator)
+
+
+def expert_rollout(prompt: Prompt, sample: int) -> Rollout:
+    """The demonstration of a prompt. Raises DataError when it has none."""
+    demonstration = prompt.demonstration
+    if demonstration is None:
+        raise DataError(
+            f"prompt {prompt.id} has no demonstration, and the algorithm learns from one (demonstration_key)"
+        )
+    length = len(demonstration.token_ids)
+    return Rollout(
+        prompt_id=prompt.id,
+        sample=sample,
+        token_ids=demonstration.token_ids,
+        action_mask=np.ones(length, dtype=bool),
+        behavior_logprobs=np.zeros(length, dtype=np.float32),
+        version_spans=(),
+        finish_reason="stop",
+        text=demonstration.text,
+        origin="expert",
+    )
 
 
 def _to_rollout(prompt: Prompt, completion: CompletionOutput) -> Rollout:

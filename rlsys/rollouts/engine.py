@@ -34,7 +34,7 @@ import numpy as np
 from rlsys.config.models import Config
 from rlsys.errors import DataError, EngineError, WeightUpdateError, WorkerDied
 from rlsys.roles import Probe, PublishedWeights, Sampling, UpdateReport
-from rlsys.rollouts.convert import sampling_params, to_group
+from rlsys.rollouts.convert import requests, sampling_params, to_group
 from rlsys.rollouts.settings import engine_args, prepare_environment
 from rlsys.rollouts.transfer import transfer
 from rlsys.types import Prompt, RolloutGroup
@@ -113,7 +113,13 @@ class VllmGenerator:
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; with model.max_length={room} "
                     f"it may have 1 to {room - 1}"
                 )
-        queues: list[RequestOutputCollector] = []
+            if sampling.expert and prompt.demonstration is not None:
+                whole = len(prompt.token_ids) + len(prompt.demonstration.token_ids)
+                if whole > room:
+                    raise DataError(
+                        f"prompt {prompt.id} and its demonstration have {whole} tokens; model.max_length is {room}"
+                    )
+        queues: list[list[RequestOutputCollector]] = []
         async with self._scheduling:
             engine = self._running_engine()
             idle = engine.get_num_unfinished_requests() == 0
@@ -122,18 +128,20 @@ class VllmGenerator:
                     await self._pause(clear_cache=True)
                 try:
                     for prompt in prompts:
-                        queues.append(await self._submit(prompt, sampling))
+                        queues.append([])
+                        for request in requests(sampling):
+                            queues[-1].append(await self._submit(prompt, request))
                 except BaseException:
-                    await engine.abort([queue.request_id for queue in queues], internal=True)
+                    await engine.abort([queue.request_id for own in queues for queue in own], internal=True)
                     raise
                 finally:
                     if idle:
                         await self._resume()
         answers: list[Awaitable[RolloutGroup]] = []
-        for prompt, queue in zip(prompts, queues, strict=True):
-            task = asyncio.create_task(self._collect(prompt, queue), name=prompt.id)
+        for prompt, own in zip(prompts, queues, strict=True):
+            task = asyncio.create_task(self._collect(prompt, sampling, own), name=prompt.id)
             # Not in the task itself: one that is cancelled before its first step never runs.
-            task.add_done_callback(functools.partial(self._abort_if_cancelled, queue.request_id))
+            task.add_done_callback(functools.partial(self._abort_if_cancelled, [q.request_id for q in own]))
             answers.append(task)
         return answers
 
@@ -153,14 +161,16 @@ class VllmGenerator:
             priority=number,
         )
 
-    async def _collect(self, prompt: Prompt, queue: RequestOutputCollector) -> RolloutGroup:
+    async def _collect(
+        self, prompt: Prompt, sampling: Sampling, queues: Sequence[RequestOutputCollector]
+    ) -> RolloutGroup:
         with self._failures():
-            output: Any = await queue.get()
-        return to_group(prompt, output, self.name)
+            outputs: list[Any] = [await queue.get() for queue in queues]
+        return to_group(prompt, sampling, outputs, self.name)
 
-    def _abort_if_cancelled(self, request_id: str, task: asyncio.Task[RolloutGroup]) -> None:
+    def _abort_if_cancelled(self, request_ids: list[str], task: asyncio.Task[RolloutGroup]) -> None:
         if task.cancelled() and self._engine is not None:
-            aborting = asyncio.create_task(self._engine.abort(request_id, internal=True))
+            aborting = asyncio.create_task(self._engine.abort(request_ids, internal=True))
             self._aborting.add(aborting)
             aborting.add_done_callback(self._aborting.discard)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from rlsys.config.models import Config
 from rlsys.errors import EngineError, WeightUpdateError, WorkerDied
 from rlsys.roles import PublishedWeights, Sampling, UpdateReport
+from rlsys.rollouts.convert import expert_rollout
 from rlsys.types import FinishReason, Prompt, Rollout, RolloutGroup, VersionSpan
 from rlsys.weights.expected import ExpectedTensors
 from rlsys.weights.publish import unpack, verify
@@ -81,8 +83,13 @@ class FakeGenerator:
             raise EngineError(f"{self.name} has not been started")
 
     async def _sample_group(self, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
-        samples = (self._sample(prompt, i, sampling) for i in range(sampling.n))
-        return RolloutGroup(prompt, tuple(await asyncio.gather(*samples)), self.name)
+        rollouts = list(await asyncio.gather(*(self._sample(prompt, i, sampling) for i in range(sampling.n))))
+        if sampling.greedy:
+            greedy = await self._sample(prompt, sampling.n, replace(sampling, temperature=0.0))
+            rollouts.append(replace(greedy, origin="greedy"))
+        if sampling.expert:
+            rollouts.append(expert_rollout(prompt, len(rollouts)))
+        return RolloutGroup(prompt, tuple(rollouts), self.name)
 
     async def _sample(self, prompt: Prompt, sample: int, sampling: Sampling) -> Rollout:
         rng = np.random.default_rng(prompt.seed + sample)

@@ -11,6 +11,7 @@ import torch
 
 from rlsys.advantages import AdvantageInputs, Advantages
 from rlsys.advantages.adjustments.conflict_tokens import ConflictTokens
+from rlsys.advantages.adjustments.difficulty import DifficultyKL
 from rlsys.advantages.adjustments.entropy import EntropyBonus, EntropyFilter, EntropyScore
 from rlsys.advantages.adjustments.reward_scale import ClipAdvantages
 from rlsys.advantages.combiners.running_normalization import RunningNormalization
@@ -240,6 +241,25 @@ def test_kl_with_a_schedule() -> None:
         out = KL(estimator="k2", coefficient=0.1, final=0.3)(replace(inputs, progress=Progress(step, 10)))
         assert float(out.per_token) == pytest.approx(coefficient * k2)
         assert reduce(out.metrics)["reference/kl_coefficient"] == pytest.approx(coefficient)
+
+
+def test_difficulty_kl_halves_the_pull_on_hard_prompts() -> None:
+    """Groups with accuracies 1/4 (one more is unscored), 1/2, and a group without any score."""
+    scores = [1.0, 0.0, 0.2, 0.0, 0.0, 1.0, 0.4, 0.0]
+    inputs = batch([2, 1, 2, 1, 2, 1, 2, 2], scores, [0, 0, 0, 0, 0, 1, 1, 2])
+    scored = torch.ones(8, dtype=torch.bool)
+    scored[4] = scored[7] = False
+    given = Advantages(torch.ones(8, 2), extras={"other": torch.ones(8, 2)})
+    out = DifficultyKL()(replace(inputs, scored=scored), given)
+    rows = torch.tensor([0.5] * 5 + [1.0] * 3)
+    torch.testing.assert_close(out.extras["kl_scale"], rows[:, None] * inputs.mask)
+    assert out.extras["other"] is given.extras["other"]
+    assert out.advantages is given.advantages
+    assert reduce(out.metrics)["clpo/hard"] == pytest.approx(5 / 8)
+    loss = loss_inputs([[1.0, 1.0]], [[0.0, 0.0]], reference_logprobs=torch.tensor([[-2.0, -2.0]]))
+    scaled = replace(loss, extras={"kl_scale": torch.tensor([[0.5, 1.0]])})
+    assert KL(estimator="k2", coefficient=0.1)(scaled).per_token.tolist() == [pytest.approx([0.025, 0.05])]
+    assert reduce(KL(estimator="k2")(scaled).metrics)["reference/kl_k2"] == pytest.approx(0.5), "the KL, not the term"
 
 
 # ---- PPO-max, T-PPO -----------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def random_inputs(seed: int = 0, rows: int = 6, width: int = 5) -> LossInputs:
         advantages=normal(),
         mask=mask,
         group=torch.arange(rows) // 3,
+        expert=torch.arange(rows) % 2 == 1,
         extras={name: torch.rand(rows, width, generator=generator) for name in EXTRAS},
     )
 

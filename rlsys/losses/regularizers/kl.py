@@ -45,7 +45,8 @@ class KL(Regularizer):
     KL(pi || pi_ref). With `in_reward`, `-coefficient * k(pi_behav, pi_ref)` is added to each token's reward
     instead, so that it passes through the advantage estimator (k1: Ziegler et al. 2019). k3 as a loss is GRPO's,
     arXiv:2402.03300, equation 4 (coefficient 0.04). A coefficient of 0 only measures. With `final`, the coefficient
-    moves in a straight line from `coefficient` at the first step to `final` at the last (in the loss only).
+    moves in a straight line from `coefficient` at the first step to `final` at the last (in the loss only). Where an
+    adjustment leaves the extra `kl_scale` (`difficulty-kl`), the term in the loss is multiplied by it, token by token.
     """
 
     name = "kl"
@@ -65,6 +66,8 @@ class KL(Regularizer):
         if self.final is not None:
             coefficient += (self.final - self.coefficient) * inputs.progress.fraction
             metrics["reference/kl_coefficient"] = Last(coefficient)
+        if "kl_scale" in inputs.extras:
+            kl = kl * inputs.extras["kl_scale"]
         return TokenLoss((coefficient * kl).masked_fill(~inputs.mask, 0), metrics)
 
     def reward(self, behavior_logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:

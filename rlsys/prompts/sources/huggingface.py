@@ -36,13 +36,17 @@ class HuggingFaceRows:
 
     def _read(self, dataset: Dataset) -> list[RawPrompt]:
         config = self._config
-        wanted = {config.prompt_key, *config.metadata_keys, *([config.answer_key] if config.answer_key else [])}
+        optional = [key for key in (config.answer_key, config.demonstration_key) if key]
+        wanted = {config.prompt_key, *config.metadata_keys, *optional}
         if wanted <= set(dataset.column_names):  # else the first row says what is missing
             dataset = dataset.select_columns(sorted(wanted))
         if config.limit is not None:
             dataset = dataset.take(min(config.limit, len(dataset)))
         return [
-            raw_prompt(row, config.prompt_key, config.answer_key, config.metadata_keys, self.where(i))
+            raw_prompt(
+                *(row, config.prompt_key, config.answer_key, config.metadata_keys, self.where(i)),
+                config.demonstration_key,
+            )
             for i, row in enumerate(dataset)
         ]
 

@@ -44,7 +44,10 @@ class JsonlRows:
                         where = f"{self._path} line {number}"
                         row = _parse(line, where)
                         self._rows.append(
-                            raw_prompt(row, config.prompt_key, config.answer_key, config.metadata_keys, where)
+                            raw_prompt(
+                                *(row, config.prompt_key, config.answer_key, config.metadata_keys, where),
+                                config.demonstration_key,
+                            )
                         )
                         self._lines.append(number)
         except FileNotFoundError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 from rlsys.config.models import SumsSource
 from rlsys.errors import ConfigError
 from rlsys.prompts import RawPrompt
-from rlsys.prompts.sums import problem
+from rlsys.prompts.sums import demonstration, problem
 
 _FEWEST_PROBLEMS = 50
 
@@ -32,7 +34,7 @@ class SumsRows:
     def row(self, i: int) -> RawPrompt:
         config = self._config
         sum_ = problem(config.seed, i, config.terms, config.largest, config.held_out)
-        return RawPrompt(sum_.prompt, str(sum_.answer))
+        return RawPrompt(sum_.prompt, str(sum_.answer), demonstration=demonstration(sum_, 0.0, random.Random(0)))
 
     def where(self, i: int) -> str:
         return f"sums problem {i}"
