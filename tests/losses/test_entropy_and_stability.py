@@ -241,6 +241,8 @@ def test_kl_with_a_schedule() -> None:
         out = KL(estimator="k2", coefficient=0.1, final=0.3)(replace(inputs, progress=Progress(step, 10)))
         assert float(out.per_token) == pytest.approx(coefficient * k2)
         assert reduce(out.metrics)["reference/kl_coefficient"] == pytest.approx(coefficient)
+    with pytest.raises(ValueError, match="final is for the loss"):
+        KL(in_reward=True, final=0.3)
 
 
 def test_difficulty_kl_halves_the_pull_on_hard_prompts() -> None:

@@ -58,6 +58,10 @@ class KL(Regularizer):
     in_reward: bool = False
     final: NonNegative | None = None
 
+    def __post_init__(self) -> None:
+        if self.in_reward and self.final is not None:
+            raise ValueError("final is for the loss: with in_reward the coefficient does not change")
+
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         assert inputs.reference_logprobs is not None
         kl = ESTIMATORS[self.estimator](inputs.logprobs, inputs.reference_logprobs)
