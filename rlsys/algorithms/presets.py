@@ -15,6 +15,15 @@ from rlsys.config.models import AlgorithmConfig, CriticConfig, PartConfig, Posit
 from rlsys.errors import ConfigError
 from rlsys.registry import nearest
 
+FAMILIES = (
+    "policy gradient and advantages",
+    "clipping and stability",
+    "entropy, KL and reference",
+    "selection and curricula",
+    "supervised and reinforcement",
+    "reward signals",
+)
+
 
 class Preset(Strict):
     """A published method. `advantage`, `loss` and `aggregate` name their part; the rest may be left out.

@@ -58,10 +58,13 @@ def evaluate(
 
 
 @app.command(help="List the algorithms, or explain one.")
-def algorithms(name: Annotated[str | None, typer.Argument(help="A preset.")] = None) -> None:
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="A preset.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of them as one page.")] = False,
+) -> None:
     from rlsys.cli.algorithms import algorithms as run
 
-    run(name)
+    run(name, markdown)
 
 
 @app.command(help="What a run did, or the whole story of one of its prompts.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from rlsys.algorithms import Algorithm, catalog, describe, parts
-from rlsys.config.models import AlgorithmConfig
+from rlsys.algorithms.catalog import markdown
+from rlsys.algorithms.presets import FAMILIES
+from rlsys.config.models import AlgorithmConfig, Config
 from rlsys.errors import ConfigError
 
 PARTS = [part for kind in parts().values() for part in kind]
@@ -24,13 +28,21 @@ def test_every_part_cites_its_paper_and_shows_its_equation(part) -> None:  # typ
 @pytest.mark.parametrize("info", catalog(), ids=lambda info: info.name)
 def test_every_preset_explains_itself_and_its_switch_works(info) -> None:  # type: ignore[no-untyped-def]
     assert info.title
-    assert info.family
+    assert info.family in FAMILIES
     assert info.paper
     assert len(info.summary) <= 160, "one line"
     yaml_part, option = info.switch.split("\n\n")
     config = AlgorithmConfig.model_validate(yaml.safe_load(yaml_part)["algorithm"])
     assert Algorithm.from_config(config).resolved() == info.composition
-    assert option == f"--algorithm.preset {info.name}"
+    assert option.startswith(f"--algorithm.preset {info.name}")
+    for key in info.settings:  # of a config, with values that it takes
+        section, name = key.split(".")
+        assert name in Config.model_fields[section].annotation.model_fields
+
+
+def test_the_page_of_all_algorithms_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "algorithms.md"
+    assert page.read_text("utf-8") == markdown(), "write it anew: rlsys algorithms --markdown > docs/algorithms.md"
 
 
 def test_describe_by_hand() -> None:

@@ -169,7 +169,7 @@ def test_eval_says_what_is_no_checkpoint(rlsys: Callable, config: Path, tmp_path
 
 
 def test_a_failure_that_is_nobodys_fault_exits_with_1(rlsys: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str | None) -> None:
+    def fail(name: str | None, markdown: bool) -> None:
         raise EngineError("generator-1: out of memory")
 
     monkeypatch.setattr("rlsys.cli.algorithms.algorithms", fail)
@@ -178,7 +178,7 @@ def test_a_failure_that_is_nobodys_fault_exits_with_1(rlsys: Callable, monkeypat
 
 
 def test_an_unforeseen_exception_is_not_dressed_up(rlsys: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str | None) -> None:
+    def fail(name: str | None, markdown: bool) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr("rlsys.cli.algorithms.algorithms", fail)
