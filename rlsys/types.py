@@ -281,5 +281,6 @@ class StartOfStep:
     values: np.ndarray | None = None  # the critic's, before each token
     proximal: np.ndarray | None = None  # log-probs of the policy at the start of the step
     entropy: np.ndarray | None = None  # its entropy
+    curvature: np.ndarray | None = None  # [B, T, 3]: see `rlsys.models.logprobs.ChunkedHead.curvature`
     rescored: np.ndarray | None = None  # [B', T'], its log-probs of the rows that the algorithm wants to see again
     progress: Progress = START

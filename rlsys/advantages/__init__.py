@@ -44,6 +44,9 @@ class AdvantageInputs:
     # of the policy at the start of the step, [B, T]; given to parts that ask for it
     proximal_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    # of each token's log-prob p_y in the output projection alone, [B, T, 3], with u = e_y - p and h the hidden state:
+    # |h|^2, |u|^2, u^T (diag(p) - p p^T) u
+    curvature: Tensor | None = None
     rescored: Tensor | None = None  # [B', T'], log-probs of the rows that `Estimator.replay` asked for
     token_ids: Tensor | None = None  # int64 [B, T], 0 in the padding
     texts: tuple[str, ...] = ()  # [B], responses
@@ -111,6 +114,7 @@ class Adjustment(Part):
     needs_reference: ClassVar[bool] = False
     needs_proximal: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
+    needs_curvature: ClassVar[bool] = False
     provides: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, inputs: AdvantageInputs, advantages: Advantages) -> Advantages:

@@ -77,6 +77,7 @@ class Needs:
     proximal: bool  # log-probs recomputed by the learner at the start of the step
     entropy: bool  # of the current policy, at every token
     start_entropy: bool = False  # of the policy at the start of the step
+    curvature: bool = False  # of its output projection
     current: bool = False  # log-probs of the current policy before each update
     current_entropy: bool = False
     components: bool = False  # more than one reward function
@@ -159,6 +160,7 @@ class Algorithm:
             proximal=any(part.needs_proximal for part in (*before, *after)),
             entropy=any(part.needs_entropy for part in after),
             start_entropy=any(part.needs_entropy for part in before),
+            curvature=any(part.needs_curvature for part in self.adjustments),
             current=any(part.needs_current or part.needs_current_entropy for part in after),
             current_entropy=any(part.needs_current_entropy for part in after),
             components=self.combiner.needs_components,
@@ -232,6 +234,7 @@ class Algorithm:
             ("values", self.needs.values, start.values),
             ("proximal log-probs", self.needs.proximal, start.proximal),
             ("entropies", self.needs.start_entropy, start.entropy),
+            ("curvatures", self.needs.curvature, start.curvature),
         ):
             if needed and array is None:
                 raise LearnerError(f"the algorithm {self.preset!r} needs {what}, but the batch came without")
@@ -287,6 +290,7 @@ class Algorithm:
             prompt_ids=batch.prompt_ids_B,
             proximal_logprobs=masked(start.proximal),
             entropy=masked(start.entropy),
+            curvature=tensor(start.curvature),
             rescored=tensor(start.rescored),
             token_ids=torch.from_numpy(_responses(batch)),
             texts=batch.texts_B,

@@ -108,6 +108,16 @@ class Learner:
         scores = self._score(self.policy, batch, forward)
         return scores[0], scores[1] if entropy else None
 
+    def curvature(self, batch: RolloutBatch) -> np.ndarray:
+        """`ChunkedHead.curvature` of each response token under the current policy, float32 [B, T, 3]."""
+
+        def forward(rows: RolloutBatch) -> list[Tensor]:
+            _, found = self._policy(rows, entropy=False, curvature=True)
+            assert found is not None
+            return list(found.unbind(-1))
+
+        return np.stack(self._score(self.policy, batch, forward), axis=-1)
+
     def values(self, batch: RolloutBatch) -> np.ndarray:
         """The critic's value before each response token, float32 [B, T], on every rank."""
         assert self.critic is not None
@@ -275,7 +285,7 @@ class Learner:
         plan = split(lengths, dist.get_world_size(), self._learner.micro_batch_tokens, self._learner.packing)
         return [[int(rows[i]) for i in micro] for micro in plan[dist.get_rank()]]
 
-    def _policy(self, rows: RolloutBatch, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _policy(self, rows: RolloutBatch, entropy: bool, curvature: bool = False) -> tuple[Tensor, Tensor | None]:
         ids, prompts, responses = self._rows(rows)
         result: tuple[Tensor, Tensor | None] = self.policy(
             ids,
@@ -286,6 +296,7 @@ class Learner:
             temperature=self.config.rollout.temperature,
             entropy=entropy,
             packed=self._learner.packing == "packed",
+            curvature=curvature,
         )
         return result
 

@@ -81,11 +81,13 @@ def join(
 
 
 def leave() -> None:
-    """End the process group, if there is one."""
+    """End the process group, if there is one. A next learner in this process makes its own."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's leaves DeepSpeed with groups that are no more
 
 
 def gather_objects(value: T) -> Sequence[T]:

@@ -52,6 +52,8 @@ class Needs(Protocol):
     @property
     def start_entropy(self) -> bool: ...
     @property
+    def curvature(self) -> bool: ...
+    @property
     def current(self) -> bool: ...
     @property
     def current_entropy(self) -> bool: ...
@@ -184,6 +186,7 @@ class LearnerRank:
             values=values,
             proximal=proximal if needs.proximal else None,
             entropy=entropy,
+            curvature=self.learner.curvature(batch) if needs.curvature else None,
             rescored=None if replay is None else self.learner.logprobs(replay)[0],
             progress=self._progress,
         )

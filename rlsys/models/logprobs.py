@@ -54,6 +54,26 @@ class ChunkedHead(nn.Module):
         super().__init__()
         self.lm_head = lm_head
 
+    def curvature(self, hidden: Tensor, targets: Tensor, *, chunk: int, temperature: float) -> Tensor:
+        """What the gradient and curvature of each token's log-prob in this projection alone come to, float32 [N, 3].
+
+        With u = e_y - p, p the probabilities at `temperature`, and h the hidden state over it, the gradient is the
+        outer product of u and h. The three numbers are |h|^2, |u|^2 and u^T (diag(p) - p p^T) u.
+        """
+        parts = [
+            self._curvature(part, wanted, temperature)
+            for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _curvature(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        p = (self.lm_head(hidden).float() / temperature).softmax(dim=-1)
+        chosen = p.gather(-1, targets[:, None]).squeeze(-1)
+        squares, cubes = p.square().sum(-1), p.pow(3).sum(-1)
+        spread = chosen - 2 * chosen.square() + cubes - (chosen - squares).square()
+        norm = (hidden.float() / temperature).square().sum(-1)
+        return torch.stack([norm, 1 - 2 * chosen + squares, spread], dim=-1)
+
     def _chunk(
         self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -103,16 +123,23 @@ class PolicyModel(nn.Module):
         temperature: float,
         entropy: bool,
         packed: bool,
+        curvature: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Natural log-probs at `temperature` and entropies, float32 [B, width], 0 after each response.
 
-        `input_ids` int64 [B, L]; lengths int64 [B], prompts at least one token long.
+        `input_ids` int64 [B, L]; lengths int64 [B], prompts at least one token long. With `curvature` the second is
+        [B, width, 3] of `ChunkedHead.curvature` instead, which is without a gradient.
         """
         mask = response_mask(response_lengths, width)
         columns = prompt_lengths[:, None] + torch.arange(width, device=input_ids.device)[None, :]
         targets = input_ids.gather(1, columns.clamp(max=input_ids.shape[1] - 1))[mask]
         hidden = hidden_at_responses(self.backbone, input_ids, prompt_lengths, response_lengths, packed=packed)
         logprobs, entropies = self.head(hidden, targets, chunk=chunk, temperature=temperature, entropy=entropy)
+        if curvature:
+            with torch.no_grad():
+                found = self.head.curvature(hidden, targets, chunk=chunk, temperature=temperature)
+            columns = [_scatter(column.contiguous(), mask) for column in found.unbind(-1)]
+            return _scatter(logprobs, mask), torch.stack(columns, dim=-1)
         return _scatter(logprobs, mask), None if entropies is None else _scatter(entropies, mask)
 
 

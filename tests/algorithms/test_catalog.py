@@ -36,8 +36,10 @@ def test_every_preset_explains_itself_and_its_switch_works(info) -> None:  # typ
     assert Algorithm.from_config(config).resolved() == info.composition
     assert option.startswith(f"--algorithm.preset {info.name}")
     for key in info.settings:  # of a config, with values that it takes
-        section, name = key.split(".")
-        assert name in Config.model_fields[section].annotation.model_fields
+        model = Config
+        for name in key.split("."):
+            assert name in model.model_fields, key
+            model = model.model_fields[name].annotation
 
 
 def test_the_page_of_all_algorithms_is_up_to_date() -> None:

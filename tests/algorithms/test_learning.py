@@ -58,6 +58,14 @@ def entropy_of(logits: Tensor) -> Tensor:
     return -(policy.exp() * policy).sum()
 
 
+def curvature_of(logits: Tensor) -> np.ndarray:
+    """As if the hidden state were the number 1: for each token |h|^2, |u|^2 and u^T (diag(p) - p p^T) u."""
+    p = logits.softmax(0)
+    u = torch.eye(VOCABULARY) - p
+    spread = torch.einsum("vi,ij,vj->v", u, p.diag() - p[:, None] * p, u)
+    return torch.stack([torch.ones(VOCABULARY), u.square().sum(1), spread], 1).numpy()
+
+
 @pytest.mark.parametrize("preset", presets())
 def test_the_score_rises(preset: str) -> None:
     algorithm = Algorithm.from_config(AlgorithmConfig(preset=preset))
@@ -80,6 +88,7 @@ def test_the_score_rises(preset: str) -> None:
             values=np.full(logprobs.shape, 0.5, np.float32) if needs.values else None,
             proximal=logprobs if needs.proximal else None,
             entropy=entropies if needs.start_entropy else None,
+            curvature=curvature_of(logits.detach())[batch.input_ids_BL[:, 1:]] if needs.curvature else None,
             rescored=None if replay is None else score(replay.input_ids_BL[:, 1:])[0],
             progress=progress,
         )

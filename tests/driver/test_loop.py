@@ -30,7 +30,7 @@ class DropSome:
         return "zero variance" if len(set(info.scores)) == 1 else None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     bound=st.integers(0, 3),
     batch=st.integers(1, 4),

@@ -99,3 +99,34 @@ def test_values_start_at_zero_and_use_the_state_before_the_token(model, rows) ->
     torch.testing.assert_close(before[0, :4], after[0, :4])
     assert (before[0, 4:7] != after[0, 4:7]).all()
     torch.testing.assert_close(critic(*rows, width=arguments["width"], packed=True), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_curvature_is_that_of_the_output_projection(model, rows, packed: bool) -> None:
+    """|h|^2 |u|^2 is the squared norm of the gradient by the projection; the spread is from the full matrix."""
+    ids, prompts, responses = rows
+    policy = PolicyModel(model)
+    lengths = {"width": int(responses.max()), "chunk": 3, "temperature": TEMPERATURE, "entropy": False}
+    with torch.no_grad():
+        logprobs, found = policy(ids, prompts, responses, **lengths, packed=packed, curvature=True)
+        same, _ = policy(ids, prompts, responses, **lengths, packed=packed)
+    torch.testing.assert_close(logprobs, same)
+    assert found is not None
+    assert found.shape == (*logprobs.shape, 3)
+    head = model.get_output_embeddings().weight.detach()
+    for b, (p, r) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        row = ids[b, : p + r]
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=row[None]).last_hidden_state[0, p - 1 : -1]
+        for t, (state, token) in enumerate(zip(hidden, row[p:].tolist(), strict=True)):
+            weight = head.clone().requires_grad_()
+            logits = weight @ state / TEMPERATURE
+            (gradient,) = torch.autograd.grad(logits.log_softmax(0)[token], weight)
+            probability = logits.detach().softmax(0)
+            u = torch.nn.functional.one_hot(torch.tensor(token), len(probability)) - probability
+            spread = u @ (probability.diag() - probability[:, None] * probability) @ u
+            norm, square, curved = found[b, t].tolist()
+            assert norm * square == pytest.approx(float(gradient.square().sum()), rel=1e-4)
+            assert square == pytest.approx(float(u.square().sum()), rel=1e-4)
+            assert curved == pytest.approx(float(spread), rel=1e-3, abs=1e-6)
+        assert (found[b, r:] == 0).all()

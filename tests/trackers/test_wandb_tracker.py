@@ -116,6 +116,7 @@ def test_modes() -> None:
         resolve_mode("auto", {"WANDB_MODE": "on"})
 
 
+@pytest.mark.slow
 def test_online_without_a_server_falls_back_to_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there

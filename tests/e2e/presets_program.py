@@ -1,0 +1,109 @@
+"""Every preset through the real parts, in one process: vLLM, reward worker, reference, DeepSpeed learner, new weights.
+
+    python presets_program.py MODEL REWARDS.py    ->  one JSON line per preset: {"preset", "steps": [metrics], ...}
+
+The engine starts once; each preset gets a learner of its own, whose versions go on where the last one's ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from rlsys.algorithms.compose import Algorithm
+from rlsys.algorithms.presets import presets
+from rlsys.config.models import Config
+from rlsys.driver.options import training_sampling
+from rlsys.learner.distributed import open_rendezvous
+from rlsys.learner.role import LearnerRank
+from rlsys.metrics import reduce
+from rlsys.models.loading import load_tokenizer
+from rlsys.prompts.stream import PromptStream
+from rlsys.reference.server import ReferenceServer
+from rlsys.rewards.worker import RewardWorker
+from rlsys.rollouts.engine import VllmGenerator
+
+STEPS, PROMPTS, SAMPLES = 3, 4, 4
+
+
+def config(model: str, rewards: str, preset: str) -> Config:
+    functions = [
+        {"name": "correct", "kind": "python", "path": f"{rewards}:correct"},
+        {"name": "difficulty", "kind": "python", "path": f"{rewards}:difficulty", "weight": 0.0},
+    ]
+    return Config.model_validate(
+        {
+            "run": {"steps": STEPS},
+            "model": {"path": model, "max_length": 256},
+            "prompts": {"train": {"kind": "sums"}},
+            "rollout": {
+                "samples_per_prompt": SAMPLES,
+                "max_new_tokens": 12,
+                "engine": {"kv_cache_gib": 0.05, "threads": 1},
+            },
+            "rewards": {"functions": functions},
+            "algorithm": {"preset": preset, "minibatches": 1},
+            "learner": {"threads": 1, "optimizer": {"learning_rate": 1e-3}},
+        }
+    )
+
+
+async def main(model: str, rewards: str) -> None:
+    base = config(model, rewards, "grpo")
+    generator, worker = VllmGenerator("generator-0", base, model), RewardWorker(base.rewards)
+    await generator.start()
+    await worker.start()
+    reference = ReferenceServer(base, model)
+    stream = PromptStream.from_config(base.prompts.train, base.prompts, load_tokenizer(model), 200, seed=0)
+    try:
+        for preset in presets():
+            found: dict[str, Any] = {"preset": preset, "steps": [], "differences": []}
+            try:
+                await run(config(model, rewards, preset), model, generator, worker, reference, stream, found)
+            except Exception:
+                found["error"] = traceback.format_exc()
+            print(json.dumps(found), flush=True)
+    finally:
+        await worker.close()
+        await generator.close()
+
+
+async def run(
+    settings: Config,
+    model: str,
+    generator: VllmGenerator,
+    worker: RewardWorker,
+    reference: ReferenceServer,
+    stream: PromptStream,
+    found: dict[str, Any],
+) -> None:
+    algorithm = Algorithm.from_config(settings.algorithm)
+    store = open_rendezvous("127.0.0.1", 60.0)
+    rank = LearnerRank(settings, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
+    try:
+        first = rank.learner.version = generator.version
+        sampling = training_sampling(settings, algorithm.needs.greedy, algorithm.needs.expert)
+        for step in range(STEPS + 1):
+            weights = rank.publish()
+            assert weights is not None
+            found["differences"].append((await generator.update(weights)).probe_difference)
+            if step == STEPS:
+                break
+            prompts = [stream.draw(i) for i in range(PROMPTS * step, PROMPTS * (step + 1))]
+            groups = [await worker.score(await answer) for answer in await generator.generate(prompts, sampling)]
+            scored = [reference.logprobs(group) for group in groups] if algorithm.needs.reference else None
+            report = rank.step(groups, scored)
+            assert report.version == first + step + 1
+            found["steps"].append(reduce(report.metrics) | {"skipped": report.skipped})
+        found["state"] = json.loads(json.dumps(algorithm.state_dict())) == algorithm.state_dict()
+    finally:
+        rank.close()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    asyncio.run(main(*sys.argv[1:]))
