@@ -45,7 +45,7 @@ def training_calls(generator: SimGenerator) -> list[tuple[str, ...]]:
     return [call for call in generator.calls if call[0].startswith("sim/")]
 
 
-@pytest.mark.parametrize("stop_at", [0.5, 2.5, 3.8, 6.4, 9.0, 14.2, 23.0])
+@pytest.mark.parametrize("stop_at", [0.5, 3.8, 9.0, 23.0])
 def test_a_stopped_and_resumed_synchronous_run_equals_an_uninterrupted_one(tmp_path: Path, stop_at: float) -> None:
     settings = sim_config(steps=6, bound=0, batch=3, checkpoint={"every": 2}, eval={"every": 3})
     whole, summary = simulate(settings, tmp_path / "whole", filters=[DropSome()])
@@ -68,7 +68,7 @@ def test_a_stopped_and_resumed_synchronous_run_equals_an_uninterrupted_one(tmp_p
 
 
 @pytest.mark.parametrize("bound", [0, 2])
-@pytest.mark.parametrize("crash_at", [3.0, 8.0, 13.0, 17.0])
+@pytest.mark.parametrize("crash_at", [3.0, 8.0, 17.0])
 def test_a_crashed_run_resumes_from_its_newest_checkpoint(
     tmp_path: Path, check_fates: Callable[[Path], Any], bound: int, crash_at: float
 ) -> None:
