@@ -12,9 +12,9 @@ says that it failed. Every call is awaited with a deadline by the driver.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rlsys.metrics import Metric
 from rlsys.types import GroupInfo, Prompt
@@ -35,6 +35,7 @@ class Sampling:
     ignore_eos: bool = False
     greedy: bool = False  # one more rollout, at temperature 0, as a baseline
     expert: bool = False  # and the prompt's demonstration
+    origin: Literal["policy", "hotter", "colder"] = "policy"  # of the samples: hotter than is trained at, or colder
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,13 @@ class Scored:
     seconds: float = 0.0
 
 
+class PromptReport(NamedTuple):
+    """What a learner step says of one of its prompts, for curricula."""
+
+    advantage: float  # mean of |A| over its trained tokens
+    value: float | None = None  # by now, where the estimator tracks one
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """One learner step. `version` is the one the step made. `skipped` says why when nothing was applied."""
@@ -101,6 +109,7 @@ class StepReport:
     tokens: int  # response tokens trained on
     seconds: float
     skipped: str | None = None
+    prompts: Mapping[str, PromptReport] = field(default_factory=dict)  # by id, of those trained on
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ learner.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ import numpy as np
 FinishReason = Literal["stop", "length"]
 RolloutStatus = Literal["ok", "truncated"]
 RewardStatus = Literal["ok", "timeout", "error"]
-Origin = Literal["policy", "expert", "greedy"]
+Origin = Literal["policy", "expert", "greedy", "hotter", "colder"]
 
 
 class Progress(NamedTuple):
@@ -111,7 +111,8 @@ class Rollout:
     segments: tuple[Segment, ...] = ()
     parent: tuple[int, int] | None = None  # (sample, position) where this rollout branches off, for trees
     # "expert": a demonstration out of the data, with log-probs 0 and no spans, since no weights sampled it;
-    # "greedy": the most likely response, for a baseline only
+    # "greedy": the most likely response, for a baseline only; "hotter", "colder": sampled at a temperature above or
+    # below the one that is trained at, which its log-probs are at, too
     origin: Origin = "policy"
 
     @property
@@ -185,6 +186,7 @@ class GroupInfo:
     scores: tuple[float, ...] = ()  # NaN where unscored; empty before scoring
     reward_statuses: tuple[RewardStatus, ...] = ()
     tokens_by_version: tuple[tuple[int, int], ...] = ()  # (weight version, response tokens it sampled), rising
+    distinct_3: float = 0.0  # different three-token sequences of all rollouts, as a share of all of them
 
     @property
     def tokens(self) -> int:
@@ -217,7 +219,17 @@ def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupIn
         scores=tuple(float(r.score) for r, mine in zip(rewards, own, strict=False) if mine or not any(own)),
         reward_statuses=tuple(r.status for r in rewards),
         tokens_by_version=tuple(sorted(by_version.items())),
+        distinct_3=_distinct([r.token_ids for r in group.rollouts if r.origin != "expert"]),
     )
+
+
+def _distinct(responses: Sequence[np.ndarray], n: int = 3) -> float:
+    """Different n-grams over all n-grams of the responses; 0 when there are none (Li et al. 2016, distinct-n)."""
+    windows = [np.lib.stride_tricks.sliding_window_view(ids, n) for ids in responses if len(ids) >= n]
+    if not windows:
+        return 0.0
+    grams = np.concatenate(windows)
+    return len(np.unique(grams, axis=0)) / len(grams)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,10 +257,22 @@ class RolloutBatch:
     finished_B: np.ndarray | None = None  # bool; False: cut at the length limit. None: all finished
     expert_B: np.ndarray | None = None  # bool; demonstrations. None: there are none
     greedy_B: np.ndarray | None = None  # bool; greedy baselines, whose mask is empty. None: there are none
+    # int8; 1 sampled at a higher temperature than the one that is trained at, -1 at a lower one. None: there are none
+    explored_B: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
         return len(self.names_B)
+
+    @property
+    def sampled_B(self) -> np.ndarray:
+        """bool: sampled by the policy, at the temperature that is trained at."""
+        out = np.ones(self.rows, dtype=bool)
+        if self.expert_B is not None:
+            out &= ~self.expert_B
+        if self.explored_B is not None:
+            out &= self.explored_B == 0
+        return out
 
     @property
     def prompt_ids_B(self) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ class AdvantageInputs:
     finished: Tensor | None = None  # bool [B], False: cut at the length limit; None: all finished
     expert: Tensor | None = None  # bool [B], demonstrations; None: there are none
     greedy: Tensor | None = None  # bool [B], greedy baselines, whose `scores` are real though `scored` is False
+    # int8 [B], 1 sampled at a higher temperature than is trained at, -1 at a lower one, in groups of their own
+    explored: Tensor | None = None
     progress: Progress = START
 
 
@@ -82,6 +84,10 @@ class Estimator(Part):
 
     def __call__(self, inputs: AdvantageInputs) -> Advantages:
         raise NotImplementedError
+
+    def prompt_value(self, prompt_id: str) -> float | None:
+        """What is expected of the prompt's next score, where that is tracked."""
+        return None
 
     def replay(self, batch: RolloutBatch) -> RolloutBatch | None:
         """Rows of earlier batches whose log-probs under the policy at the start of this step are wanted, too."""
@@ -115,6 +121,7 @@ class Adjustment(Part):
     needs_proximal: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
     needs_curvature: ClassVar[bool] = False
+    takes_explored: ClassVar[bool] = False  # deals with groups of another temperature
     provides: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, inputs: AdvantageInputs, advantages: Advantages) -> Advantages:

@@ -48,6 +48,10 @@ class TrackedBaseline(Estimator):
     counts: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
     last: dict[str, dict[str, list[Any]]] = field(default_factory=dict, init=False)
 
+    def prompt_value(self, prompt_id: str) -> float | None:
+        alpha, beta = self.counts.get(prompt_key(prompt_id), (PRIOR, PRIOR))
+        return alpha / (alpha + beta)
+
     def replay(self, batch: RolloutBatch) -> RolloutBatch | None:
         """The last response of each prompt of the batch that was seen before, in order of first appearance."""
         known = [self.last[key] for key in _keys(batch.prompt_ids_B) if key in self.last]

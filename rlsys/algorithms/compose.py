@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlsys import advantages
+from rlsys import advantages, curricula
 from rlsys.advantages import (
     Adjustment,
     AdvantageInputs,
@@ -36,6 +36,7 @@ from rlsys.algorithms.filters import GroupFilter
 from rlsys.algorithms.presets import resolve
 from rlsys.batches import build_train_batch, minibatches, select_rows
 from rlsys.config.models import AlgorithmConfig, CriticConfig, PartConfig
+from rlsys.curricula import Curriculum
 from rlsys.errors import ConfigError, LearnerError
 from rlsys.losses import (
     Aggregation,
@@ -57,6 +58,7 @@ NOTHING = StartOfStep()
 
 # Where each kind of part lives, and its base class, by config key.
 KINDS: Mapping[str, tuple[ModuleType, type[Any]]] = {
+    "curriculum": (curricula, Curriculum),
     "combine": (combiners, Combiner),
     "advantage": (advantages, Estimator),
     "adjust": (adjustments, Adjustment),
@@ -91,6 +93,7 @@ class Algorithm:
     """Build with `from_config`."""
 
     preset: str
+    curriculum: Curriculum
     combiner: Combiner
     estimator: Estimator
     adjustments: tuple[Adjustment, ...]
@@ -129,6 +132,7 @@ class Algorithm:
             )
         algorithm = cls(
             preset=config.preset,
+            curriculum=_part("curriculum", plan.curriculum),
             combiner=combiner,
             estimator=estimator,
             adjustments=tuple(_part("adjust", part, i) for i, part in enumerate(plan.adjust)),
@@ -142,6 +146,11 @@ class Algorithm:
             # A preset's critic goes when the config chooses an advantage that needs none.
             critic=plan.critic if estimator.needs_values else None,
         )
+        if algorithm.curriculum.explores and not any(part.takes_explored for part in algorithm.adjustments):
+            raise ConfigError(
+                f"algorithm.curriculum: {algorithm.curriculum.name!r} samples some groups at another temperature; add "
+                "the adjustment explored-successes, which deals with them"
+            )
         provided = {name for part in algorithm._before for name in part.provides}
         for part in algorithm._in_loss:
             if missing := sorted(set(part.needs_extras) - provided):
@@ -181,6 +190,7 @@ class Algorithm:
     def parts(self) -> dict[str, tuple[Any, ...]]:
         """All parts by config key."""
         return {
+            "curriculum": (self.curriculum,),
             "combine": (self.combiner,),
             "advantage": (self.estimator,),
             "adjust": self.adjustments,
@@ -195,6 +205,7 @@ class Algorithm:
         """The full composition, every option with its value, in the shape of the config's `algorithm`."""
         return {
             "preset": self.preset,
+            "curriculum": _resolved(self.curriculum),
             "combine": _resolved(self.combiner),
             "advantage": _resolved(self.estimator),
             "adjust": [_resolved(part) for part in self.adjustments],
@@ -217,6 +228,10 @@ class Algorithm:
     def replay(self, batch: RolloutBatch) -> RolloutBatch | None:
         """Rows of earlier batches whose log-probs are wanted as `StartOfStep.rescored`."""
         return self.estimator.replay(batch)
+
+    def prompt_value(self, prompt_id: str) -> float | None:
+        """What the estimator expects of the prompt's next score; None where it tracks nothing."""
+        return self.estimator.prompt_value(prompt_id)
 
     def train_batches(
         self, batch: RolloutBatch, start: StartOfStep = NOTHING
@@ -300,6 +315,7 @@ class Algorithm:
             finished=tensor(batch.finished_B),
             expert=tensor(batch.expert_B),
             greedy=tensor(batch.greedy_B),
+            explored=tensor(batch.explored_B),
             progress=start.progress,
         )
 
@@ -394,7 +410,7 @@ class Algorithm:
         return {
             key: [{"name": part.name, "state": part.state_dict()} for part in parts]
             for key, parts in self.parts.items()
-            if key != "filter"  # filters work in the driver, and remember nothing
+            if key not in ("curriculum", "filter")  # work in the driver, which keeps the curriculum's memory
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

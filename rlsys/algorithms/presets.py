@@ -38,6 +38,7 @@ class Preset(Strict):
     advantage: PartConfig
     loss: PartConfig
     aggregate: PartConfig
+    curriculum: PartConfig = PartConfig(name="in-order")
     combine: PartConfig = PartConfig(name="weighted-sum")
     adjust: tuple[PartConfig, ...] = ()
     filter: tuple[PartConfig, ...] = ()
@@ -78,7 +79,7 @@ def resolve(config: AlgorithmConfig) -> Preset:
         )
     preset = known[config.preset]
     changes: dict[str, object] = {}
-    for key in ("combine", "advantage", "loss", "correction", "aggregate"):
+    for key in ("curriculum", "combine", "advantage", "loss", "correction", "aggregate"):
         given = getattr(config, key)
         if given is not None:
             changes[key] = _changed(given, getattr(preset, key))

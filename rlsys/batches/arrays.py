@@ -90,6 +90,7 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
         finished_B=np.array([rollout.finish_reason == "stop" for _, _, rollout, *_ in rows], dtype=bool),
         expert_B=origins == "expert",
         greedy_B=origins == "greedy",
+        explored_B=(origins == "hotter").astype(np.int8) - (origins == "colder").astype(np.int8),
     )
 
 

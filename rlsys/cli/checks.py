@@ -65,6 +65,13 @@ def check_config(config: Config) -> Checked:
             f"algorithm: {config.algorithm.preset!r} learns from demonstrations, and prompts.train has none: name "
             "their key in prompts.train.demonstration_key (of a jsonl or huggingface source), or use the built-in sums"
         )
+    curriculum = algorithm.curriculum
+    if curriculum.needs_repeats and stream.size is None:
+        raise ConfigError(
+            f"algorithm.curriculum: {curriculum.name!r} goes by what came of a prompt before, and prompts.train never "
+            "gives one twice: use a source of so many rows (jsonl, huggingface), or another curriculum"
+        )
+    curriculum.bind(stream, config.run.seed, config.rollout.samples_per_prompt)
     tasks = {config.prompts.train.task}
     held_out = None
     if config.prompts.eval is not None:

@@ -63,6 +63,7 @@ async def run(
             try:
                 driver = Driver(
                     *(config, roles, ledger, stream, trackers, run_dir, held_out, algorithm.filters),
+                    curriculum=algorithm.curriculum,
                     with_greedy=algorithm.needs.greedy,
                     with_expert=algorithm.needs.expert,
                 )

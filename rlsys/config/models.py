@@ -72,7 +72,7 @@ class ModelConfig(Strict):
 
 
 class SumsSource(Strict):
-    """Built-in task: add a few numbers step by step. Unlimited fresh problems."""
+    """Built-in task: add a few numbers step by step. Unlimited fresh problems, unless there is a limit."""
 
     kind: Literal["sums"]
     task: str = "sums"
@@ -80,6 +80,7 @@ class SumsSource(Strict):
     largest: PositiveInt = Field(99, description="Largest term.")
     seed: NonNegativeInt = Field(0, description="Which of the endless sequences of problems.")
     held_out: bool = Field(False, description="Draw from the fifth of all problems that is in no other sequence.")
+    limit: PositiveInt | None = Field(None, description="Only so many problems, which then come again.")
 
 
 class JsonlSource(Strict):
@@ -242,6 +243,7 @@ class AlgorithmConfig(Strict):
     """A preset, and what is to differ from it. A field left out has the preset's value."""
 
     preset: str = "grpo"
+    curriculum: PartConfig | None = Field(None, description="Which prompts come next, and how often each is sampled.")
     combine: PartConfig | None = Field(None, description="One signal out of several reward components.")
     advantage: PartConfig | None = None
     adjust: tuple[PartConfig, ...] | None = Field(None, description="Changes of the advantages, in this order.")

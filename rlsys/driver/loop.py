@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Coroutine, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -32,9 +31,12 @@ from typing import Any, Protocol, TypeVar
 
 from rlsys.config.identity import config_hash
 from rlsys.config.models import Config
+from rlsys.curricula import Curriculum
+from rlsys.curricula.in_order import InOrder
 from rlsys.driver import options
 from rlsys.driver.buffer import GroupBuffer
 from rlsys.driver.checkpoints import REFERENCE, Checkpoints, Manifest
+from rlsys.driver.drawing import Drawing, PromptStream
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.gate import StalenessGate
 from rlsys.driver.progress import Recorder, Totals
@@ -44,20 +46,15 @@ from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPool, WorkFailed
 from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, WorkerDied
 from rlsys.ledger.ledger import Ledger
+from rlsys.metrics import reduce
 from rlsys.roles import Reference, Roles, Scored, StepReport, Tracker, TrainItem
-from rlsys.types import GroupInfo, Prompt
+from rlsys.types import GroupInfo, Progress, Prompt
 
 logger = logging.getLogger(__name__)
 
 FRUITLESS_BATCHES = 100  # dropped groups in a row, in batches, without a step: then nothing is left to learn from
 
 T = TypeVar("T")
-
-
-class PromptStream(Protocol):
-    def draw(self, index: int) -> Prompt:
-        """Prompt number `index` of the run's seeded order, the same one at every call."""
-        ...
 
 
 class GroupFilter(Protocol):
@@ -83,14 +80,17 @@ class Driver:
         run_dir: Path,
         eval_prompts: Sequence[Prompt] = (),
         filters: Sequence[GroupFilter] = (),
+        curriculum: Curriculum | None = None,
         with_greedy: bool = False,
         with_expert: bool = False,
     ) -> None:
-        """`with_greedy`, `with_expert`: groups hold a greedy rollout, a demonstration, beside the samples."""
+        """Prompts come in order without a `curriculum`.
+
+        `with_greedy`, `with_expert`: groups hold a greedy rollout, a demonstration, beside the samples.
+        """
         self.config = config
         self.roles = roles
         self.ledger = ledger
-        self.prompts = prompts
         self.tracker = tracker
         self.filters = filters
         self.batch = config.driver.prompts_per_step
@@ -120,9 +120,8 @@ class Driver:
             options.evaluation_sampling(config),
             config.eval.timeout_s,
         )
-        self._sampling = options.training_sampling(config, with_greedy, with_expert)
-        self._redraw: deque[int] = deque()  # indices to be drawn again, before new ones
-        self._next_index = 0
+        sampling = options.training_sampling(config, with_greedy, with_expert)
+        self.drawing = Drawing(prompts, curriculum or InOrder(), sampling, config.run.seed)
         self._stops = 0
         self._held = False  # S = 0: no new prompts during an evaluation or a checkpoint
         self._fruitless = 0
@@ -174,13 +173,15 @@ class Driver:
         """Start as many prompts as there are slots, for ever."""
         while True:
             await self.bell.until(lambda: self._slots() > 0, "an open slot of the staleness gate")
-            prompts = [self._draw() for _ in range(self._slots())]
+            prompts = self.drawing.draw(self._slots(), Progress(self.step, self.steps))
             self.gate.start(len(prompts))
             for prompt in prompts:
-                self.ledger.drawn(prompt)
+                self.ledger.drawn(prompt, self.drawing.choice(prompt.index))
                 self.buffer.start(prompt.index, self.gate.version)
             self.recorder.sampling(len(prompts))
-            answers = self.generators.submit([Request(prompt, self._sampling, training=True) for prompt in prompts])
+            answers = self.generators.submit(
+                [Request(prompt, self.drawing.sampling(prompt.index), training=True) for prompt in prompts]
+            )
             for prompt, answer in zip(prompts, answers, strict=True):
                 self._spawn(self.produce(prompt, answer))
 
@@ -230,12 +231,6 @@ class Driver:
         slots, most = self.gate.open_slots(), self.config.driver.max_groups_in_flight
         return slots if most is None else max(0, min(slots, most - self.buffer.under_way))
 
-    def _draw(self) -> Prompt:
-        if self._redraw:
-            return self.prompts.draw(self._redraw.popleft())
-        self._next_index += 1
-        return self.prompts.draw(self._next_index - 1)
-
     async def _buffer(self, prompt: Prompt, scored: Scored) -> None:
         """A scored group that is on disk: filter it, have the reference score it, let the learner have it."""
         info = scored.info
@@ -259,6 +254,7 @@ class Driver:
         """Record why a group under way is given up, and free its slot."""
         self.ledger.dropped(prompt.id, reason, self.step)
         self.buffer.drop(prompt.index)
+        self.drawing.ended(prompt.index, info)
         self.gate.drop()
         self._fruitless += 1
         self.recorder.dropped(info)
@@ -290,6 +286,7 @@ class Driver:
             info = entry.item.info
             reason = f"stale: its oldest token is of version {entry.version}, the learner is at {self.step}"
             self.ledger.dropped(info.prompt_id, reason, self.step)
+            self.drawing.ended(info.index, info)
             self.gate.drop()
             self.recorder.dropped(info)
             self.bell.ring()
@@ -306,7 +303,8 @@ class Driver:
         fate = self._settle(infos, report)
         self._position = self.ledger.position
         self.recorder.event(f"step {self.step}", started, self.recorder.now(), "learner")
-        self.recorder.step(report, infos, self.buffer.under_way, self.buffer.finished)
+        chosen = self.drawing.observe(report, infos, reduce(report.metrics))
+        self.recorder.step(report, infos, chosen, self.buffer.under_way, self.buffer.finished)
         writing = self._spawn(self._to_disk([info.prompt_id for info in infos], fate, self.step))
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
@@ -354,11 +352,12 @@ class Driver:
         manifest = Manifest(
             version=self.step,
             position=self._position,
-            next_index=self._next_index,
+            next_index=self.drawing.next_index,
             buffered=[item.info.prompt_id for item in self.buffer.waiting()],
             seed=self.config.run.seed,
             config=config_hash(self.config),
             totals=self.recorder.snapshot(),
+            curriculum=self.drawing.curriculum.state_dict(),
         )
         await self._learner(self.roles.learner.save(directory), "save a checkpoint")
         if self._moving is not None:
@@ -398,7 +397,7 @@ class Driver:
         if used:
             self.tracker.resumed(self.step)
         self._position = self.ledger.position
-        self._redraw, self._next_index = deque(plan.redraw), plan.next_index
+        self.drawing.resume(plan, {} if checkpoint is None else checkpoint.manifest.curriculum)
         self.gate = StalenessGate(self.batch, self.bound, self.steps * self.batch, self.step, self.step * self.batch)
         self.generators.open()
         self.rewarders.open()
@@ -413,7 +412,7 @@ class Driver:
         for scored in plan.reuse:
             if scored.info.prompt_id not in counted:  # sampled after the checkpoint, whose totals do not know of it
                 self.recorder.totals.tokens_generated += scored.info.sampled_tokens
-            prompt = self.prompts.draw(scored.info.index)
+            prompt = self.drawing.again(scored.info.index)
             self.buffer.start(prompt.index, scored.info.min_version)
             self._spawn(self._buffer(prompt, scored))
 

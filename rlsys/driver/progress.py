@@ -139,8 +139,15 @@ class Recorder:
 
     # ---- per step ----
 
-    def step(self, report: StepReport, infos: Sequence[GroupInfo], under_way: int, buffered: int) -> dict[str, float]:
-        """The record of the step that made `report.version`; it goes to the tracker, too."""
+    def step(
+        self,
+        report: StepReport,
+        infos: Sequence[GroupInfo],
+        more: Mapping[str, float],
+        under_way: int,
+        buffered: int,
+    ) -> dict[str, float]:
+        """The record of the step that made `report.version`, with `more` in it; it goes to the tracker, too."""
         now = self.now()
         mean, oldest = staleness(infos, report.version - 1)
         if report.skipped is None:
@@ -154,6 +161,7 @@ class Recorder:
         elapsed = now - self._step_started
         own: dict[str, Metric] = {
             **_batch_metrics(infos),
+            **{name: Last(value) for name, value in more.items()},
             "staleness/mean": mean,
             "staleness/max": Max(oldest),
             "groups/under_way": Last(under_way),
@@ -215,4 +223,5 @@ def _batch_metrics(infos: Sequence[GroupInfo]) -> dict[str, Metric]:
         "rollout/length_mean": Mean.of(lengths),
         "rollout/length_max": Max(max(lengths, default=0)),
         "rollout/truncated": Mean(truncated, len(lengths)),
+        "rollout/distinct_3": Mean.of(info.distinct_3 for info in infos),
     }

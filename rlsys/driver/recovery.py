@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlsys.driver.checkpoints import Checkpoint
 from rlsys.ledger.ledger import Ledger
@@ -17,12 +18,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How the run goes on: `reuse` is complete and only has to be buffered again, `redraw` lists the indices to be
-    drawn again (in order, before new ones), `next_index` is the first new one."""
+    drawn again (in order, before new ones), `next_index` is the first new one. `choices` says of each of the first two
+    what was drawn."""
 
     version: int
     reuse: list[Scored]
     redraw: list[int]
     next_index: int
+    choices: Mapping[int, Mapping[str, Any]]
 
 
 def reusable(infos: Iterable[GroupInfo], version: int, batch: int, bound: int, room: int) -> list[GroupInfo]:
@@ -71,6 +74,7 @@ async def recover(
         reuse=[found[prompt_id] for prompt_id in sorted(keep, key=lambda i: outstanding[i].index)],
         redraw=[prompt.index for prompt in outstanding.values() if prompt.id not in keep],
         next_index=ledger.next_index(),
+        choices={prompt.index: prompt.choice for prompt in outstanding.values()},
     )
     if plan.next_index:
         ledger.note("resumed", version=version, undone=undone, reused=len(plan.reuse), redrawn=len(plan.redraw))

@@ -338,6 +338,7 @@ class _Tensors:
         self.returns = tensor(batch.returns_BT)
         self.group = tensor(rollouts.group_B)
         self.expert = tensor(rollouts.expert_B)
+        self.sampled = tensor(rollouts.sampled_B)  # at the temperature that is trained at
         self.extras = {name: tensor(extra) for name, extra in batch.extras_BT.items()}
 
     def loss_inputs(self, logprobs: Tensor, entropy: Tensor | None, progress: Progress) -> LossInputs:
@@ -383,12 +384,13 @@ def _differences(
     differ by. `off_policy_difference` is over all tokens: that, and the age of the weights that sampled.
     """
     difference = (logprobs.detach() - tensors.behavior).abs()
-    sampled = tensors.mask if tensors.expert is None else tensors.mask & ~tensors.expert[:, None]
+    sampled = tensors.mask & tensors.sampled[:, None]
     out = token_means(sampled, {"learner/off_policy_difference": difference})
     if entropies is not None:
         out |= token_means(tensors.mask, {"learner/entropy": entropies})
     if fresh:
-        own = tensors.mask & (tensors.versions == version)
+        own = sampled & (tensors.versions == version)
+        out |= token_means(sampled, {"learner/entropy_estimate": -logprobs.detach()})
         out |= token_means(own, {"learner/sampler_difference": difference})
         out |= token_max(own, {"learner/sampler_difference_max": difference})
     return out

@@ -26,7 +26,7 @@ from rlsys.learner import checkpoint, distributed
 from rlsys.learner.core import Learner, Objective
 from rlsys.metrics import Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_tokenizer
-from rlsys.roles import Probe, PublishedWeights, StepReport
+from rlsys.roles import Probe, PromptReport, PublishedWeights, StepReport
 from rlsys.types import Progress, RolloutBatch, ScoredGroup, StartOfStep, TrainBatch
 from rlsys.weights.nccl import Sender
 from rlsys.weights.publish import pack
@@ -78,6 +78,8 @@ class Algorithm(Protocol):
     def prepare(
         self, batch: TrainBatch, progress: Progress, current: np.ndarray | None, entropy: np.ndarray | None
     ) -> TrainBatch: ...
+
+    def prompt_value(self, prompt_id: str) -> float | None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -170,7 +172,23 @@ class LearnerRank:
             tokens=int(sum(train_batch.rollouts.mask_BT.sum() for train_batch in train_batches)),
             seconds=ended - started,
             skipped=skipped,
+            prompts=self._prompts(train_batches),
         )
+
+    def _prompts(self, batches: Sequence[TrainBatch]) -> dict[str, PromptReport]:
+        """What curricula want to know of each prompt."""
+        sums: dict[str, tuple[float, int]] = {}
+        for batch in batches:
+            mask = batch.rollouts.mask_BT
+            sizes = np.where(mask, np.abs(batch.advantages_BT), 0).sum(axis=1)
+            rows = zip(batch.rollouts.prompt_ids_B, sizes.tolist(), mask.sum(axis=1).tolist(), strict=True)
+            for prompt_id, size, tokens in rows:
+                total, count = sums.get(prompt_id, (0.0, 0))
+                sums[prompt_id] = total + size, count + tokens
+        return {
+            prompt_id: PromptReport(total / max(1, count), self._algorithm.prompt_value(prompt_id))
+            for prompt_id, (total, count) in sums.items()
+        }
 
     def _prepare(
         self, groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarray]] | None

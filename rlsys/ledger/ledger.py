@@ -23,11 +23,12 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from rlsys.errors import RlsysError, RunDirError
@@ -42,6 +43,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (
     id TEXT PRIMARY KEY,
     idx INTEGER NOT NULL UNIQUE,
+    choice TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('pending', 'buffered', 'trained', 'dropped')),
     reason TEXT,
     step INTEGER,
@@ -78,7 +80,7 @@ BEGIN SELECT RAISE(ABORT, 'prompts are never deleted'); END;
 """
 
 _EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?)"
-_DRAW = "INSERT INTO prompts (id, idx, state, drawn_at) VALUES (?, ?, 'pending', ?)"
+_DRAW = "INSERT INTO prompts (id, idx, choice, state, drawn_at) VALUES (?, ?, ?, 'pending', ?)"
 _ASSIGN = "UPDATE prompts SET attempts = attempts + 1, generator = ? WHERE id = ?"
 _BUFFER = """UPDATE prompts
              SET state = 'buffered', generator = ?, min_version = ?, max_version = ?, lengths = ?, scores = ?
@@ -95,6 +97,7 @@ class Outstanding:
 
     id: str
     index: int
+    choice: Mapping[str, Any]  # as it was given to `drawn`
     state: State
 
 
@@ -133,14 +136,17 @@ class Ledger:
 
     # ---- what happens to a prompt, in order ----
 
-    def drawn(self, prompt: Prompt) -> None:
-        """The prompt left the source; drawing a pending prompt again (after a resume) is an event of its own."""
+    def drawn(self, prompt: Prompt, choice: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """The prompt left the source; drawing a pending prompt again (after a resume) is an event of its own.
+
+        `choice` is what is needed to draw it again, in JSON's types.
+        """
         if self._states.get(prompt.id) == "pending":
             self._event(prompt.id, "drawn again", index=prompt.index)
             return
         self._expect(prompt.id, None)
         self._states[prompt.id] = "pending"
-        self._add(_DRAW, prompt.id, prompt.index, time.time())
+        self._add(_DRAW, prompt.id, prompt.index, json.dumps(dict(choice)), time.time())
         self._event(prompt.id, "drawn", index=prompt.index, task=prompt.task)
 
     def assigned(self, prompt_id: str, worker: str, attempt: int) -> None:
@@ -233,8 +239,10 @@ class Ledger:
 
     def outstanding(self) -> list[Outstanding]:
         """Prompts without a fate, in order of index."""
-        rows = self._read("SELECT id, idx, state FROM prompts WHERE state IN ('pending', 'buffered') ORDER BY idx")
-        return [Outstanding(*row) for row in rows]
+        rows = self._read(
+            "SELECT id, idx, choice, state FROM prompts WHERE state IN ('pending', 'buffered') ORDER BY idx"
+        )
+        return [Outstanding(id_, index, json.loads(choice), state) for id_, index, choice, state in rows]
 
     def fate_of(self, prompt_ids: Iterable[str]) -> dict[str, tuple[State, str | None, int | None]]:
         """(state, reason, step) of each of the prompts that the ledger knows."""

@@ -138,8 +138,8 @@ class PolicyModel(nn.Module):
         if curvature:
             with torch.no_grad():
                 found = self.head.curvature(hidden, targets, chunk=chunk, temperature=temperature)
-            columns = [_scatter(column.contiguous(), mask) for column in found.unbind(-1)]
-            return _scatter(logprobs, mask), torch.stack(columns, dim=-1)
+            numbers = [_scatter(column.contiguous(), mask) for column in found.unbind(-1)]
+            return _scatter(logprobs, mask), torch.stack(numbers, dim=-1)
         return _scatter(logprobs, mask), None if entropies is None else _scatter(entropies, mask)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from rlsys.errors import DataError
 from rlsys.prompts import PromptSource
 from rlsys.prompts.encoding import Encoder, TooLong
 from rlsys.prompts.sources import open_source
+from rlsys.registry import nearest
 from rlsys.types import Demonstration, Prompt
 
 
@@ -60,13 +62,32 @@ class PromptStream:
         """Prompts in an epoch; None: endless."""
         return self._source.size if self._rows is None else len(self._rows)
 
-    def draw(self, index: int) -> Prompt:
-        """The prompt at place `index` (0, 1, 2, ...) of the order. Raises DataError, for generated rows only."""
+    def at(self, place: int) -> tuple[int, str]:
+        """Row and epoch at `place` (0, 1, 2, ...) of the order."""
         size = self.size
         if size is None:
-            return self._prompt(index, row=index, epoch="0")
-        epoch, place = divmod(index, size)
-        return self._prompt(index, row=int(self._order(epoch)[place]), epoch=str(epoch))
+            return place, "0"
+        epoch, place = divmod(place, size)
+        return int(self._order(epoch)[place]), str(epoch)
+
+    def attribute(self, row: int, key: str) -> Any:
+        """What the row's metadata have under the key. Raises DataError when they have nothing."""
+        metadata = self._source.row(row).metadata
+        if key not in metadata:
+            raise DataError(
+                f"{self._source.where(row)}: no {key!r} in its metadata{nearest(key, list(metadata))}, which the "
+                f"curriculum goes by; it has {', '.join(map(repr, metadata)) or 'none'} (set metadata_keys)"
+            )
+        return metadata[key]
+
+    def draw(self, index: int, row: int | None = None, epoch: str = "") -> Prompt:
+        """The prompt at place `index` of the order, or draw number `index` of a row that a curriculum has chosen.
+
+        Raises DataError, for generated rows only.
+        """
+        if row is None:
+            row, epoch = self.at(index)
+        return self._prompt(index, row, epoch)
 
     def distinct(self, count: int) -> list[Prompt]:
         """The first `count` prompts of the order with different tokens, or as many as there are.

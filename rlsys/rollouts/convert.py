@@ -48,7 +48,8 @@ def to_group(prompt: Prompt, sampling: Sampling, outputs: Sequence[RequestOutput
     Raises EngineError when vLLM ended a sample for another reason than its end or its length, DataError for a prompt
     without a demonstration where one is wanted.
     """
-    rollouts = [_to_rollout(prompt, completion) for output in outputs for completion in output.outputs]
+    completions = [completion for output in outputs for completion in output.outputs]
+    rollouts = [replace(_to_rollout(prompt, completion), origin=sampling.origin) for completion in completions]
     if sampling.greedy:
         rollouts[-1] = replace(rollouts[-1], sample=sampling.n, origin="greedy")
     if sampling.expert:

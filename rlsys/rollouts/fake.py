@@ -84,6 +84,7 @@ class FakeGenerator:
 
     async def _sample_group(self, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
         rollouts = list(await asyncio.gather(*(self._sample(prompt, i, sampling) for i in range(sampling.n))))
+        rollouts = [replace(rollout, origin=sampling.origin) for rollout in rollouts]
         if sampling.greedy:
             greedy = await self._sample(prompt, sampling.n, replace(sampling, temperature=0.0))
             rollouts.append(replace(greedy, origin="greedy"))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.config.models import Config
+from rlsys.curricula import Curriculum
 from rlsys.driver.loop import Driver, GroupFilter
 from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
@@ -55,8 +56,25 @@ class SimPrompts:
 
     name: str = "sim"
 
-    def draw(self, index: int) -> Prompt:
-        return Prompt(f"{self.name}/{index}", index, np.array([1, 2, 3], np.int32), "?", "sim", None, seed=1000 * index)
+    size: int | None = None
+
+    def at(self, place: int) -> tuple[int, str]:
+        return (place, "") if self.size is None else (place % self.size, str(place // self.size))
+
+    def attribute(self, row: int, key: str) -> Any:
+        return row % 4
+
+    def draw(self, index: int, row: int | None = None, epoch: str = "") -> Prompt:
+        row, epoch = self.at(index) if row is None else (row, epoch)
+        return Prompt(
+            f"{self.name}/{row}" + (f"@{epoch}" if epoch else ""),
+            index,
+            np.array([1, 2, 3], np.int32),
+            "?",
+            "sim",
+            None,
+            seed=1000 * index,
+        )
 
 
 @dataclass(slots=True)
@@ -103,6 +121,8 @@ class Simulation:
         with_reference: bool = False,
         skip: Callable[[int], bool] = lambda step: False,
         filters: Sequence[GroupFilter] = (),
+        curriculum: Curriculum | None = None,
+        prompts: SimPrompts = SimPrompts(),
         store: RolloutStoreProtocol | None = None,
     ) -> None:
         self.learner = SimLearner("learner", timing, seed, skip)
@@ -140,7 +160,8 @@ class Simulation:
         self.tracker = RecordingTracker()
         eval_prompts = [SimPrompts("eval").draw(i) for i in range(config.eval.prompts)]
         self.driver = Driver(
-            config, self.roles, self.ledger, SimPrompts(), self.tracker, run_dir, eval_prompts, filters
+            *(config, self.roles, self.ledger, prompts, self.tracker, run_dir, eval_prompts, filters),
+            curriculum=curriculum,
         )
 
     async def run(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rlsys.roles import (
     Generated,
     Handle,
     Probe,
+    PromptReport,
     PublishedWeights,
     SampleRow,
     Sampling,
@@ -281,7 +282,12 @@ class SimLearner(_Mortal):
             for rollout in group.rollouts:
                 digest.update(rollout.token_ids.tobytes())
         self.state = digest.hexdigest()
-        return StepReport(self.version, {"loss": Mean.of([0.5])}, tokens, self._timing.step_s)
+        prompts = {
+            item.info.prompt_id: PromptReport(max(item.info.scores) - min(item.info.scores))
+            for item in items
+            if item.info.scores
+        }
+        return StepReport(self.version, {"loss": Mean.of([0.5])}, tokens, self._timing.step_s, prompts=prompts)
 
     async def publish(self) -> PublishedWeights:
         await self.living(pause(self._rng, self._timing.publish_s))

@@ -13,6 +13,7 @@ import torch
 
 from rlsys.advantages import AdvantageInputs, Advantages
 from rlsys.advantages.adjustments.data_shaping import DropNegatives, ExponentialWeight
+from rlsys.advantages.adjustments.exploration import ExploredSuccesses
 from rlsys.advantages.adjustments.scaling import ComponentScale, SemanticEntropyScale
 from rlsys.advantages.adjustments.whiten import Whiten
 from rlsys.advantages.answers import NUMBER, final_answers
@@ -20,6 +21,7 @@ from rlsys.advantages.beta_normalized import BetaNormalized, beta_density
 from rlsys.advantages.combiners.per_component import PerComponent
 from rlsys.advantages.consistency_blend import ConsistencyBlend
 from rlsys.advantages.greedy_baseline import GreedyBaseline
+from rlsys.advantages.groups import to_tokens
 from rlsys.advantages.grpo import GRPO
 from rlsys.advantages.mixed_var_bundles import MixedVaRBundles
 from rlsys.advantages.optimal_value import OptimalValue
@@ -29,6 +31,7 @@ from rlsys.advantages.stratified import Stratified
 from rlsys.advantages.tracked_baseline import TrackedBaseline
 from rlsys.errors import LearnerError
 from rlsys.losses.regularizers.overlong import Overlong
+from rlsys.metrics import reduce
 from rlsys.types import RolloutBatch
 
 NAN = float("nan")
@@ -178,6 +181,35 @@ def test_semantic_entropy_scale_by_hand() -> None:
     entropy = -sum(x * math.log(x) for x in p)
     out = SemanticEntropyScale(alpha=0.3)(inputs, given)
     np.testing.assert_allclose(first_tokens(out), [1 - 0.3 * entropy / math.log(4)] * 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heat", "most"), [(1, 2), (-1, 1)])
+def test_explored_successes(heat: int, most: int) -> None:
+    """Rows 3 to 6 are explored: of the successes (3, 4, 6) the first `most` take the place of ordinary rows."""
+    inputs = inputs_of([[0.0] * 3, [0.0] * 4], lengths=[2, 0, 1, 2, 1, 2, 2])
+    inputs = replace(inputs, explored=torch.tensor([0, 0, 0, heat, heat, heat, heat], dtype=torch.int8))
+    given = to_tokens(torch.tensor([0.3, 0.3, -0.4, 0.9, 0.06, 0.05, 2.0]), inputs.mask)
+    out = ExploredSuccesses(rows=2)(inputs, Advantages(given))
+    assert out.mask is not None
+    successes = [3, 4][:most]
+    ordinary = [0, 2][most:]  # row 1 has no token, so none is replaced by it
+    assert out.mask.any(1).nonzero().squeeze(1).tolist() == [*ordinary, *successes]
+    for row in successes:
+        assert out.advantages[row][inputs.mask[row]].tolist() == [1.0] * int(inputs.mask[row].sum())
+    for row in ordinary:
+        assert torch.equal(out.advantages[row], given[row])
+    metrics = reduce(out.metrics)
+    assert (metrics["explored/rows"], metrics["explored/trained"]) == (4, most)
+    assert metrics["explored/success"] == 0.75
+
+
+def test_nothing_explored() -> None:
+    inputs = inputs_of([[1.0, 0.0]])
+    given = Advantages(to_tokens(torch.tensor([0.5, -0.5]), inputs.mask))
+    out = ExploredSuccesses()(inputs, given)
+    assert out.mask is not None
+    assert torch.equal(out.mask, inputs.mask)
+    assert torch.equal(out.advantages, given.advantages)
 
 
 def test_component_scale() -> None:

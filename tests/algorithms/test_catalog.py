@@ -51,6 +51,7 @@ def test_describe_by_hand() -> None:
     info = describe("ppo")
     assert info.needs == ("reference", "values")
     assert [part.key for part in info.parts] == [
+        "curriculum",
         "combine",
         "advantage",
         "loss",
@@ -58,7 +59,7 @@ def test_describe_by_hand() -> None:
         "regularize",
         "aggregate",
     ]
-    gae = info.parts[1]
+    gae = info.parts[2]
     assert [(option.name, option.type, option.default) for option in gae.options] == [
         ("gamma", "float", 1.0),
         ("lam", "float", 0.95),
@@ -68,9 +69,9 @@ def test_describe_by_hand() -> None:
         ("drop_last", "int", 0),
     ]
     assert gae.equation.splitlines()[0] == "delta_t = r_t + gamma * V_{t+1} - V_t"
-    kl = info.parts[4]
+    kl = info.parts[5]
     assert ("estimator", "k1 | k2 | k3", "k3") in [(option.name, option.type, option.default) for option in kl.options]
-    ppo_clip = info.parts[2]
+    ppo_clip = info.parts[3]
     assert ("dual_clip", "float or null", None) in [(o.name, o.type, o.default) for o in ppo_clip.options]
 
 

@@ -47,6 +47,7 @@ def test_the_presets_of_the_plan_are_there() -> None:
 def test_grpo_by_default() -> None:
     assert compose().resolved() == {
         "preset": "grpo",
+        "curriculum": {"name": "in-order"},
         "combine": {"name": "weighted-sum"},
         "advantage": {"name": "grpo", "std": True, "eps": 1e-6, "shift": 0.0},
         "adjust": [],

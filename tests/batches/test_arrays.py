@@ -79,6 +79,7 @@ def test_collate_by_hand(two_groups: list[ScoredGroup]) -> None:
         "finished_B": np.bool_,
         "expert_B": np.bool_,
         "greedy_B": np.bool_,
+        "explored_B": np.int8,
     }
 
 

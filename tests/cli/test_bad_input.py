@@ -53,6 +53,13 @@ def assert_refused(rlsys: Callable, config: Path, overrides: list[str], *pattern
             ["--algorithm.regularize=[]", "--reference.update=every"],
             [r"reference\.update: the algorithm 'grpo' compares with no reference"],
         ),
+        (["--algorithm.preset=knapsack-rl"], [r"'success-budget' goes by what came of a prompt before", r"jsonl"]),
+        (["--algorithm.preset=sec"], [r"sums problem 0: no 'category' in its metadata", r"it has 'terms'"]),
+        (["--algorithm.curriculum.name=entropy-target"], [r"add the adjustment explored-successes"]),
+        (
+            ["--algorithm.preset=sec", "--algorithm.curriculum.key=terms", "--algorithm.curriculum.rate=2"],
+            [r"algorithm\.curriculum\.rate: .*less than or equal to 1"],
+        ),
         (["--reference.average_with=nowhere"], [r"there is no folder nowhere"]),
         (["--model.tiny=null", "--model.path=nowhere"], [r"model\.path: there is no folder nowhere"]),
         (

@@ -12,10 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.config.models import Config
+from rlsys.curricula import Curriculum
+from rlsys.curricula.category_bandit import CategoryBandit
+from rlsys.curricula.success_budget import SuccessBudget
+from rlsys.curricula.uncertain_first import UncertainFirst
+from rlsys.curricula.variance_promotion import VariancePromotion
 from rlsys.driver.recovery import reusable
 from rlsys.errors import RunDirError
 from rlsys.ledger.story import read_story
-from rlsys.sim.drive import Simulation, at, sim_config, simulate
+from rlsys.sim.drive import SimPrompts, Simulation, at, sim_config, simulate
 from rlsys.sim.roles import SimGenerator, Timing
 from rlsys.types import GroupInfo
 
@@ -65,6 +70,40 @@ def test_a_stopped_and_resumed_synchronous_run_equals_an_uninterrupted_one(tmp_p
         assert second.tracker.resumes == [done]
         assert rest["wall_s"] > partial["wall_s"]
     assert [s for s, _ in second.tracker.steps] == list(range(done + 1, 7))
+
+
+@pytest.mark.parametrize("curriculum", [CategoryBandit, SuccessBudget, VariancePromotion, UncertainFirst])
+def test_a_resumed_curriculum_chooses_as_an_uninterrupted_one(tmp_path: Path, curriculum: type[Curriculum]) -> None:
+    settings = sim_config(steps=6, bound=0, batch=3, checkpoint={"every": 2}, eval={"every": 0})
+
+    def parts() -> dict[str, Any]:
+        options = {"key": "kind"} if curriculum is CategoryBandit else {}
+        options |= {"refresh": 1} if curriculum is VariancePromotion else {}
+        return {"filters": [DropSome()], "curriculum": curriculum(**options), "prompts": SimPrompts(size=5)}
+
+    whole, _ = simulate(settings, tmp_path / "whole", **parts())
+    assert len({row for batch in whole.learner.batches for row in batch.prompt_ids}) == 18, "every draw has its own id"
+    first = crashed(settings, tmp_path / "parts", 18.0, **parts())
+    assert 0 < len(first.learner.batches) < 6
+    second, _ = simulate(settings, tmp_path / "parts", seed=5, **parts())
+    assert second.learner.state == whole.learner.state
+    assert second.driver.drawing.curriculum.state_dict() == whole.driver.drawing.curriculum.state_dict()
+    assert second.learner.batches == whole.learner.batches[-len(second.learner.batches) :]
+
+
+@pytest.mark.parametrize("curriculum", [CategoryBandit, SuccessBudget, VariancePromotion, UncertainFirst])
+def test_a_curriculum_in_an_asynchronous_run_that_crashes_loses_no_prompt(
+    tmp_path: Path, curriculum: type[Curriculum]
+) -> None:
+    settings = sim_config(steps=8, bound=2, batch=3, checkpoint={"every": 2}, eval={"every": 0})
+
+    def parts() -> dict[str, Any]:
+        return {"filters": [DropSome()], "curriculum": curriculum(), "prompts": SimPrompts(size=5)}
+
+    crashed(settings, tmp_path, 12.0, **parts())
+    _, summary = simulate(settings, tmp_path, seed=5, **parts())
+    assert summary["steps"] == 8
+    assert summary["fates"]["trained"] == 24
 
 
 @pytest.mark.parametrize("bound", [0, 2])

@@ -14,9 +14,11 @@ import sys
 import traceback
 from typing import Any
 
+from rlsys.algorithms import describe
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.presets import presets
 from rlsys.config.models import Config
+from rlsys.driver.drawing import Drawing
 from rlsys.driver.options import training_sampling
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
@@ -26,6 +28,7 @@ from rlsys.prompts.stream import PromptStream
 from rlsys.reference.server import ReferenceServer
 from rlsys.rewards.worker import RewardWorker
 from rlsys.rollouts.engine import VllmGenerator
+from rlsys.types import Progress, group_info
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 4
 
@@ -35,6 +38,8 @@ def config(model: str, rewards: str, preset: str) -> Config:
         {"name": "correct", "kind": "python", "path": f"{rewards}:correct"},
         {"name": "difficulty", "kind": "python", "path": f"{rewards}:difficulty", "weight": 0.0},
     ]
+    of_terms = "key" in describe(preset).composition["curriculum"]
+    curriculum = {"key": "terms"} if of_terms else None  # the metadata that sums have
     return Config.model_validate(
         {
             "run": {"steps": STEPS},
@@ -46,7 +51,7 @@ def config(model: str, rewards: str, preset: str) -> Config:
                 "engine": {"kv_cache_gib": 0.05, "threads": 1},
             },
             "rewards": {"functions": functions},
-            "algorithm": {"preset": preset, "minibatches": 1},
+            "algorithm": {"preset": preset, "minibatches": 1, "curriculum": curriculum},
             "learner": {"threads": 1, "optimizer": {"learning_rate": 1e-3}},
         }
     )
@@ -87,19 +92,24 @@ async def run(
     try:
         first = rank.learner.version = generator.version
         sampling = training_sampling(settings, algorithm.needs.greedy, algorithm.needs.expert)
+        drawing = Drawing(stream, algorithm.curriculum, sampling, seed=0)
         for step in range(STEPS + 1):
             weights = rank.publish()
             assert weights is not None
             found["differences"].append((await generator.update(weights)).probe_difference)
             if step == STEPS:
                 break
-            prompts = [stream.draw(i) for i in range(PROMPTS * step, PROMPTS * (step + 1))]
-            groups = [await worker.score(await answer) for answer in await generator.generate(prompts, sampling)]
+            prompts = drawing.draw(PROMPTS, Progress(step, STEPS))
+            answers = [(await generator.generate([p], drawing.sampling(p.index)))[0] for p in prompts]
+            groups = [await worker.score(await answer) for answer in answers]
             scored = [reference.logprobs(group) for group in groups] if algorithm.needs.reference else None
             report = rank.step(groups, scored)
             assert report.version == first + step + 1
-            found["steps"].append(reduce(report.metrics) | {"skipped": report.skipped})
-        found["state"] = json.loads(json.dumps(algorithm.state_dict())) == algorithm.state_dict()
+            logged = reduce(report.metrics)
+            infos = [group_info(group.group, group.rewards) for group in groups]
+            found["steps"].append({**logged, **drawing.observe(report, infos, logged), "skipped": report.skipped})
+        memory = [algorithm.state_dict(), algorithm.curriculum.state_dict()]
+        found["state"] = json.loads(json.dumps(memory)) == memory
     finally:
         rank.close()
 

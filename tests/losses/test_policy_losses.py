@@ -15,6 +15,7 @@ from torch import Tensor
 from rlsys.losses import LossInputs
 from rlsys.losses.corrections.decoupled import Decoupled
 from rlsys.losses.corrections.none import NoCorrection
+from rlsys.losses.corrections.recompute import Recompute
 from rlsys.losses.corrections.truncated_importance import TruncatedImportance
 from rlsys.losses.policy.policy_gradient import PolicyGradient
 from rlsys.losses.policy.ppo_clip import PPOClip
@@ -210,6 +211,13 @@ def test_corrections(seed: int, cap: float) -> None:
     np.testing.assert_allclose(weights(TruncatedImportance(cap)), np.where(mask, np.minimum(ratio, cap), 0), rtol=1e-5)
     kept = mask & (ratio <= cap)
     np.testing.assert_allclose(weights(Decoupled(cap)), np.where(kept, ratio, 0), rtol=1e-5)
+
+
+def test_recompute_ignores_the_sampler() -> None:
+    inputs = random_inputs(1)
+    other = replace(inputs, behavior_logprobs=inputs.behavior_logprobs - 3)
+    for sampler in (inputs, other):
+        assert Recompute()(sampler).per_token.tolist() == torch.ones_like(inputs.logprobs).tolist()
 
 
 def test_correction_metrics_by_hand() -> None:

@@ -180,6 +180,9 @@ def test_sums():
     assert len(terms) == 3
     assert rows.row(5).answer == str(sum(terms))
     assert rows.row(5) == source(kind="sums", terms=[3, 3], largest=9).row(5)
+    assert rows.size is None
+    assert rows.row(5).metadata == {"terms": 3}
+    assert source(kind="sums", limit=7).size == 7
     assert rows.row(5) != source(kind="sums", terms=[3, 3], largest=9, seed=1).row(5)
     assert len({source(kind="sums", seed=seed, held_out=h).name for seed in (0, 1) for h in (False, True)}) == 4
     with pytest.raises(ConfigError, match="the fewest terms come first"):

@@ -1,4 +1,4 @@
-"""The built-in worked sums: endless, and every row a fresh problem."""
+"""The built-in worked sums: endless unless limited, and every row a fresh problem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ _FEWEST_PROBLEMS = 50
 
 
 class SumsRows:
-    size: None = None
     generated = True
 
     def __init__(self, config: SumsSource) -> None:
@@ -29,12 +28,18 @@ class SumsRows:
         # Two sequences of problems must not share prompt ids.
         self.name = "sums" + ("-held-out" if config.held_out else "") + (f"-{config.seed}" if config.seed else "")
         self.task = config.task
+        self.size = config.limit
         self._config = config
 
     def row(self, i: int) -> RawPrompt:
         config = self._config
         sum_ = problem(config.seed, i, config.terms, config.largest, config.held_out)
-        return RawPrompt(sum_.prompt, str(sum_.answer), demonstration=demonstration(sum_, 0.0, random.Random(0)))
+        return RawPrompt(
+            content=sum_.prompt,
+            answer=str(sum_.answer),
+            metadata={"terms": len(sum_.terms)},
+            demonstration=demonstration(sum_, 0.0, random.Random(0)),
+        )
 
     def where(self, i: int) -> str:
         return f"sums problem {i}"
