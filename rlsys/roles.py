@@ -180,6 +180,10 @@ class Learner(Protocol):
         """The current version's weights."""
         ...
 
+    async def prompt_values(self, prompts: Sequence[Prompt]) -> Sequence[float]:
+        """The critic's value at the end of each prompt."""
+        ...
+
     async def save(self, directory: Path) -> None:
         """Write model, optimizer, schedule, RNG and every stateful part below `directory` (already private)."""
         ...

@@ -18,6 +18,7 @@ from rlsys.errors import LearnerError, RlsysError, WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
 from rlsys.roles import Handle, PublishedWeights, StepReport, TrainItem
+from rlsys.types import Prompt
 from rlsys.weights import nccl
 from rlsys.weights.nccl import Connect, Sender
 
@@ -68,6 +69,9 @@ class LearnerActor:
         groups = ray.get(list(scored))
         report = self._learner.step(groups, None if reference is None else ray.get(list(reference)))
         return report if self._rank == 0 else None
+
+    def prompt_values(self, prompts: Sequence[Prompt]) -> list[float]:
+        return self._learner.prompt_values(prompts)
 
     def publish(self) -> tuple[PublishedWeights | None, np.ndarray | None]:
         """The driver reads the first of the two; the payload stays in the object store."""
@@ -130,6 +134,11 @@ class RayLearner:
         reports = await self._all([a.step.remote(scored, reference or None) for a in self.actors])
         report: StepReport = reports[0]
         return report
+
+    async def prompt_values(self, prompts: Sequence[Prompt]) -> list[float]:
+        prompts = [replace(prompt, demonstration=None, metadata={}) for prompt in prompts]
+        values: list[float] = (await self._all([actor.prompt_values.remote(prompts) for actor in self.actors]))[0]
+        return values
 
     async def publish(self) -> PublishedWeights:
         refs: list[Any] = [actor.publish.options(num_returns=2).remote() for actor in self.actors]

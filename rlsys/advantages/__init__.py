@@ -121,6 +121,7 @@ class Adjustment(Part):
     needs_proximal: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
     needs_curvature: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
     takes_explored: ClassVar[bool] = False  # deals with groups of another temperature
     provides: ClassVar[tuple[str, ...]] = ()
 

@@ -114,12 +114,21 @@ class Algorithm:
         """
         plan = resolve(config)
         estimator: Estimator = _part("advantage", plan.advantage)
-        if estimator.needs_values and plan.critic is None:
+        curriculum: Curriculum = _part("curriculum", plan.curriculum)
+        adjustments: tuple[Adjustment, ...] = tuple(_part("adjust", part, i) for i, part in enumerate(plan.adjust))
+        critical: list[Estimator | Adjustment] = [estimator, *adjustments]
+        users = [part.name for part in critical if part.needs_values]
+        if users and plan.critic is None:
             raise ConfigError(
-                f"algorithm.critic: {estimator.name!r} estimates advantages from a critic's values; give a critic "
-                "(critic: {} has the defaults), or choose an advantage that needs none"
+                f"algorithm.critic: {users[0]!r} works with a critic's values; give a critic (critic: {{}} has the "
+                "defaults), or choose a part that needs none"
             )
-        if config.critic is not None and not estimator.needs_values:
+        if curriculum.needs_values and not users:
+            raise ConfigError(
+                f"algorithm.curriculum: {curriculum.name!r} goes by a critic's values of prompts, and no part trains "
+                "one; add the adjustment prompt-value-target and a critic (critic: {}), or choose another curriculum"
+            )
+        if config.critic is not None and not users:
             raise ConfigError(
                 f"algorithm.critic: the advantage {estimator.name!r} does not use a critic; remove the key, or choose "
                 "an advantage that does, such as gae"
@@ -132,10 +141,10 @@ class Algorithm:
             )
         algorithm = cls(
             preset=config.preset,
-            curriculum=_part("curriculum", plan.curriculum),
+            curriculum=curriculum,
             combiner=combiner,
             estimator=estimator,
-            adjustments=tuple(_part("adjust", part, i) for i, part in enumerate(plan.adjust)),
+            adjustments=adjustments,
             filters=tuple(_part("filter", part, i) for i, part in enumerate(plan.filter)),
             loss=_part("loss", plan.loss),
             correction=_part("correction", plan.correction),
@@ -143,8 +152,8 @@ class Algorithm:
             aggregation=_part("aggregate", plan.aggregate),
             epochs=plan.epochs,
             minibatches=plan.minibatches,
-            # A preset's critic goes when the config chooses an advantage that needs none.
-            critic=plan.critic if estimator.needs_values else None,
+            # A preset's critic goes when the config chooses parts that need none.
+            critic=plan.critic if users else None,
         )
         if algorithm.curriculum.explores and not any(part.takes_explored for part in algorithm.adjustments):
             raise ConfigError(
@@ -165,7 +174,7 @@ class Algorithm:
         before, after = self._before, self._in_loss
         return Needs(
             reference=any(part.needs_reference for part in (self.combiner, *before, *after, *self.regularizers)),
-            values=self.estimator.needs_values,
+            values=self.critic is not None,
             proximal=any(part.needs_proximal for part in (*before, *after)),
             entropy=any(part.needs_entropy for part in after),
             start_entropy=any(part.needs_entropy for part in before),

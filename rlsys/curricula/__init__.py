@@ -75,11 +75,13 @@ class Curriculum(Part):
     """`bind` comes first. `observe` is called once a step, with draws in order of their index.
 
     `needs_repeats`: it is of use only where rows come again, which those of an endless source do not.
-    `explores`: it asks for groups that are sampled at another temperature.
+    `explores`: it asks for groups that are sampled at another temperature. `needs_values`: it goes by what the critic
+    thinks of a prompt; before draws are made, `judged` is told of the rows that `candidates` has named for them.
     """
 
     needs_repeats: ClassVar[bool] = False
     explores: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
 
     rows: Rows
     seed: int
@@ -92,6 +94,13 @@ class Curriculum(Part):
     def choose(self, indices: Sequence[int], progress: Progress) -> list[Choice]:
         """What to draw as numbers `indices` of the run, rising."""
         raise NotImplementedError
+
+    def candidates(self, indices: Sequence[int]) -> list[int]:
+        """Rows to be judged by the critic before these draws are made."""
+        return []
+
+    def judged(self, values: Mapping[int, float]) -> None:
+        """The critic's values of candidates, by row; they replace earlier ones."""
 
     def observe(self, seen: Sequence[Seen], metrics: Mapping[str, float]) -> dict[str, float]:
         """Learn from a step; `metrics` are those it logged. Returns metrics to be logged beside them."""
@@ -116,3 +125,14 @@ class Curriculum(Part):
         if self.rows.size is None:
             return range(KNOWN_ROWS)
         return np.array([self.rows.at(place)[0] for place in range(self.rows.size)])
+
+
+def runs(indices: Sequence[int]) -> list[list[int]]:
+    """The indices in runs of consecutive ones."""
+    out: list[list[int]] = []
+    for index in indices:
+        if out and out[-1][-1] + 1 == index:
+            out[-1].append(index)
+        else:
+            out.append([index])
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.curricula import Choice, Curriculum, Seen
+from rlsys.curricula import Choice, Curriculum, Seen, runs
 from rlsys.registry import Count, Positive
 from rlsys.types import Progress
 
@@ -33,7 +33,7 @@ class UncertainFirst(Curriculum):
 
     def choose(self, indices: Sequence[int], progress: Progress) -> list[Choice]:
         out: list[Choice] = []
-        for chunk in _runs(indices):
+        for chunk in runs(indices):
             places = range(chunk[0] * self.pool, (chunk[-1] + 1) * self.pool)
             candidates = list(dict.fromkeys(self.rows.at(place)[0] for place in places))
             while len(candidates) < len(chunk):  # fewer rows than draws: each once more
@@ -63,14 +63,3 @@ class UncertainFirst(Curriculum):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.values = dict(state["values"])
-
-
-def _runs(indices: Sequence[int]) -> list[list[int]]:
-    """The indices in runs of consecutive ones: each run has candidates of its own."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][-1] + 1 == index:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs

@@ -39,6 +39,16 @@ class Drawing:
         if memory:
             self.curriculum.load_state_dict(memory)
 
+    def candidates(self, count: int) -> list[Prompt]:
+        """Prompts that the next new draws may be of, for the critic to judge; none where nobody asks for that."""
+        rows = self.curriculum.candidates(range(self.next_index, self.next_index + count))
+        return [self._prompts.draw(i, row, "candidate") for i, row in enumerate(rows)]
+
+    def judged(self, count: int, values: Sequence[float]) -> None:
+        """What the critic says of `candidates(count)`."""
+        rows = self.curriculum.candidates(range(self.next_index, self.next_index + count))
+        self.curriculum.judged(dict(zip(rows, values, strict=True)))
+
     def draw(self, count: int, progress: Progress) -> list[Prompt]:
         again = [self._redraw.popleft() for _ in range(min(count, len(self._redraw)))]
         new = range(self.next_index, self.next_index + count - len(again))

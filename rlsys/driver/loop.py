@@ -338,7 +338,16 @@ class Driver:
             await self._reference(self._moving.update(weights), f"take version {weights.version}")
             self.recorder.reference(weights.version)
             self.recorder.event(f"update to {weights.version}", started, self.recorder.now(), "reference")
+        if self.drawing.curriculum.needs_values:
+            await self._judge()
         self.weights.publish(weights)
+
+    async def _judge(self) -> None:
+        """Ask the critic about the prompts that may come next, before the gate opens for them."""
+        count = (self.bound + 1) * self.batch
+        prompts = self.drawing.candidates(count)
+        values = await self._learner(self.roles.learner.prompt_values(prompts), "judge prompts")
+        self.drawing.judged(count, values)
 
     @property
     def _moving(self) -> Reference | None:

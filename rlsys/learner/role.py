@@ -27,7 +27,7 @@ from rlsys.learner.core import Learner, Objective
 from rlsys.metrics import Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_tokenizer
 from rlsys.roles import Probe, PromptReport, PublishedWeights, StepReport
-from rlsys.types import Progress, RolloutBatch, ScoredGroup, StartOfStep, TrainBatch
+from rlsys.types import Progress, Prompt, RolloutBatch, ScoredGroup, StartOfStep, TrainBatch
 from rlsys.weights.nccl import Sender
 from rlsys.weights.publish import pack
 
@@ -222,6 +222,10 @@ class LearnerRank:
     def _progress(self) -> Progress:
         return Progress(self.version, self.learner.config.run.steps)
 
+    def prompt_values(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The critic's value at the end of each prompt."""
+        return [float(value) for value in self.learner.values(_asked(prompts))[:, 0]]
+
     def publish(self) -> PublishedWeights | None:
         """The current weights as one block of bytes (uint8 array; none with a sender), with a probe.
 
@@ -262,3 +266,25 @@ class LearnerRank:
     def close(self) -> None:
         self.learner.close()
         distributed.leave()
+
+
+def _asked(prompts: Sequence[Prompt]) -> RolloutBatch:
+    """The prompts as rows with a response of one token, before which the critic gives its value."""
+    lengths = np.array([len(prompt.token_ids) for prompt in prompts], dtype=np.int64)
+    ids = np.zeros((len(prompts), int(lengths.max()) + 1), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : lengths[row]] = prompt.token_ids
+    one = np.ones((len(prompts), 1))
+    return RolloutBatch(
+        input_ids_BL=ids,
+        prompt_lengths_B=lengths,
+        response_lengths_B=np.ones(len(prompts), dtype=np.int64),
+        mask_BT=one.astype(bool),
+        behavior_logprobs_BT=np.zeros_like(one, dtype=np.float32),
+        versions_BT=np.zeros_like(one, dtype=np.int32),
+        scores_B=np.zeros(len(prompts), dtype=np.float32),
+        scored_B=np.ones(len(prompts), dtype=bool),
+        group_B=np.arange(len(prompts)),
+        names_B=tuple(f"{prompt.id}#0" for prompt in prompts),
+        reference_logprobs_BT=None,
+    )

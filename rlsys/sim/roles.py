@@ -289,6 +289,10 @@ class SimLearner(_Mortal):
         }
         return StepReport(self.version, {"loss": Mean.of([0.5])}, tokens, self._timing.step_s, prompts=prompts)
 
+    async def prompt_values(self, prompts: Sequence[Prompt]) -> list[float]:
+        await self.living(asyncio.sleep(0))
+        return [random.Random(f"{self.state}/{prompt.id}").random() for prompt in prompts]
+
     async def publish(self) -> PublishedWeights:
         await self.living(pause(self._rng, self._timing.publish_s))
         return PublishedWeights(self.version, {}, self.state, Probe((1, 2), (-0.5,)), gather_s=0.01)

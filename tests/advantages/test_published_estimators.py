@@ -14,6 +14,7 @@ import torch
 from rlsys.advantages import AdvantageInputs, Advantages
 from rlsys.advantages.adjustments.data_shaping import DropNegatives, ExponentialWeight
 from rlsys.advantages.adjustments.exploration import ExploredSuccesses
+from rlsys.advantages.adjustments.prompt_value import PromptValueTarget
 from rlsys.advantages.adjustments.scaling import ComponentScale, SemanticEntropyScale
 from rlsys.advantages.adjustments.whiten import Whiten
 from rlsys.advantages.answers import NUMBER, final_answers
@@ -201,6 +202,19 @@ def test_explored_successes(heat: int, most: int) -> None:
     metrics = reduce(out.metrics)
     assert (metrics["explored/rows"], metrics["explored/trained"]) == (4, most)
     assert metrics["explored/success"] == 0.75
+
+
+def test_prompt_value_target() -> None:
+    """The error of the critic is that of its first value alone; the advantages do not change."""
+    inputs = inputs_of([[1.0, 0.0, NAN], [0.25, 0.75]], lengths=[2, 1, 1, 0, 2])
+    values = torch.arange(10.0).reshape(5, 2) / 10
+    given = Advantages(inputs.token_rewards, returns=None)
+    out = PromptValueTarget()(replace(inputs, values=values), given)
+    assert out.returns is not None
+    error = (out.returns - values).masked_fill(~inputs.mask, 0)
+    assert error.tolist() == [[0.5 - 0.0, 0.0], [pytest.approx(0.5 - 0.2), 0], [0, 0], [0, 0], [pytest.approx(-0.3), 0]]
+    assert out.advantages is given.advantages
+    assert reduce(out.metrics)["prompt_value/error"] == pytest.approx((0.5 + 0.3 + 0.3) / 3)
 
 
 def test_nothing_explored() -> None:

@@ -105,7 +105,15 @@ def test_the_presets_critic_goes_with_its_estimator() -> None:
         ({"regularize": [{"coefficient": 0.1}]}, r"^algorithm\.regularize\.0\.name: missing"),
         ({"regularize": [{"name": "kl", "estimator": "k4"}]}, r"^algorithm\.regularize\.0\.estimator: .*'k1'"),
         ({"filter": [{"name": "zero-variance", "tolerance": -1}]}, r"^algorithm\.filter\.0\.tolerance: "),
-        ({"advantage": {"name": "gae"}}, r"^algorithm\.critic: 'gae' estimates advantages from a critic's values"),
+        ({"advantage": {"name": "gae"}}, r"^algorithm\.critic: 'gae' works with a critic's values"),
+        (
+            {"curriculum": {"name": "predicted-difficulty"}},
+            r"^algorithm\.curriculum: .* add the adjustment prompt-value",
+        ),
+        (
+            {"curriculum": {"name": "entropy-target"}},
+            r"^algorithm\.curriculum: .* add the adjustment explored-successes",
+        ),
         ({"critic": {}}, r"^algorithm\.critic: the advantage 'grpo' does not use a critic"),
         ({"preset": "ppo", "advantage": {"gamma": 1.1}}, r"^algorithm\.advantage\.gamma: "),
     ],

@@ -18,6 +18,7 @@ from rlsys.curricula import Choice, Curriculum, Seen
 from rlsys.curricula.category_bandit import CategoryBandit
 from rlsys.curricula.entropy_target import EntropyTarget
 from rlsys.curricula.in_order import InOrder
+from rlsys.curricula.predicted_difficulty import PredictedDifficulty
 from rlsys.curricula.staged import Staged
 from rlsys.curricula.success_budget import SuccessBudget, allocate, value
 from rlsys.curricula.uncertain_first import UncertainFirst
@@ -214,6 +215,22 @@ def test_the_estimators_value_goes_before_the_mean() -> None:
     part = bound(UncertainFirst())
     part.observe([seen(Choice(1, "a"), 0, 1.0, 0.0, value=0.9), seen(Choice(2, "a"), 1, 1.0, 0.0)], {})
     assert part.values == {"1": 0.9, "2": 0.5}
+
+
+# ---- PCL ----
+
+
+def test_prompts_nearest_to_the_target_are_drawn() -> None:
+    part = bound(PredictedDifficulty(pool=3, target=0.5))
+    candidates = part.candidates(range(2, 4))
+    assert candidates == [6, 7, 8, 9, 10, 11]
+    part.judged(dict(zip(candidates, [0.9, 0.45, 0.5, 0.1, 0.58, 0.61], strict=True)))
+    assert [c.row for c in part.choose(range(2, 4), Progress(0, 1))] == [7, 8]
+    assert [c.row for c in part.choose(range(4, 6), Progress(0, 1))] == [12, 13], "not judged: in order"
+    found = part.observe([seen(Choice(8, "d3"), 3, 1.0, 1.0), seen(Choice(12, "d4"), 4, 1.0)], {})
+    assert found == {"curriculum/predicted": 0.5, "curriculum/prediction_error": 0.5}
+    part.judged({1: 0.5})
+    assert part.predicted == {1: 0.5}, "what was judged before is forgotten"
 
 
 # ---- stages ----

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rlsys.config.models import Config
 from rlsys.curricula import Curriculum
 from rlsys.curricula.category_bandit import CategoryBandit
+from rlsys.curricula.predicted_difficulty import PredictedDifficulty
 from rlsys.curricula.success_budget import SuccessBudget
 from rlsys.curricula.uncertain_first import UncertainFirst
 from rlsys.curricula.variance_promotion import VariancePromotion
@@ -23,6 +24,8 @@ from rlsys.ledger.story import read_story
 from rlsys.sim.drive import SimPrompts, Simulation, at, sim_config, simulate
 from rlsys.sim.roles import SimGenerator, Timing
 from rlsys.types import GroupInfo
+
+CURRICULA = [CategoryBandit, PredictedDifficulty, SuccessBudget, UncertainFirst, VariancePromotion]
 
 
 class DropSome:
@@ -72,7 +75,7 @@ def test_a_stopped_and_resumed_synchronous_run_equals_an_uninterrupted_one(tmp_p
     assert [s for s, _ in second.tracker.steps] == list(range(done + 1, 7))
 
 
-@pytest.mark.parametrize("curriculum", [CategoryBandit, SuccessBudget, VariancePromotion, UncertainFirst])
+@pytest.mark.parametrize("curriculum", CURRICULA)
 def test_a_resumed_curriculum_chooses_as_an_uninterrupted_one(tmp_path: Path, curriculum: type[Curriculum]) -> None:
     settings = sim_config(steps=6, bound=0, batch=3, checkpoint={"every": 2}, eval={"every": 0})
 
@@ -91,7 +94,7 @@ def test_a_resumed_curriculum_chooses_as_an_uninterrupted_one(tmp_path: Path, cu
     assert second.learner.batches == whole.learner.batches[-len(second.learner.batches) :]
 
 
-@pytest.mark.parametrize("curriculum", [CategoryBandit, SuccessBudget, VariancePromotion, UncertainFirst])
+@pytest.mark.parametrize("curriculum", CURRICULA)
 def test_a_curriculum_in_an_asynchronous_run_that_crashes_loses_no_prompt(
     tmp_path: Path, curriculum: type[Curriculum]
 ) -> None:

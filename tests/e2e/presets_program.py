@@ -99,6 +99,8 @@ async def run(
             found["differences"].append((await generator.update(weights)).probe_difference)
             if step == STEPS:
                 break
+            if algorithm.curriculum.needs_values:
+                drawing.judged(PROMPTS, rank.prompt_values(drawing.candidates(PROMPTS)))
             prompts = drawing.draw(PROMPTS, Progress(step, STEPS))
             answers = [(await generator.generate([p], drawing.sampling(p.index)))[0] for p in prompts]
             groups = [await worker.score(await answer) for answer in answers]
