@@ -281,7 +281,7 @@ class Algorithm:
         )
         trained = np.asarray(batch.mask_BT.any(axis=1))
         out = [select_rows(whole, rows[trained[rows]]) for rows in steps if trained[rows].any()]
-        return out, merge([metrics, estimated.metrics, _measured(whole)])
+        return out, merge([metrics, _measured(whole)])
 
     def _advantage_inputs(self, batch: RolloutBatch, start: StartOfStep) -> AdvantageInputs:
         """Everything but what the regularisers add to the rewards."""

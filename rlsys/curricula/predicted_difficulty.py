@@ -29,6 +29,7 @@ class PredictedDifficulty(Curriculum):
     target: UnitInterval = 0.5
     # not part of the memory: judged anew when a run resumes
     predicted: dict[int, float] = field(default_factory=dict, init=False, repr=False)
+    before: dict[int, float] = field(default_factory=dict, init=False, repr=False)  # of the last few steps, to compare
 
     def candidates(self, indices: Sequence[int]) -> list[int]:
         places = range(indices[0] * self.pool, (indices[-1] + 1) * self.pool)
@@ -36,6 +37,8 @@ class PredictedDifficulty(Curriculum):
 
     def judged(self, values: Mapping[int, float]) -> None:
         self.predicted = dict(values)
+        latest = (self.before | self.predicted).items()
+        self.before = dict(list(latest)[-8 * len(values) :])
 
     def choose(self, indices: Sequence[int], progress: Progress) -> list[Choice]:
         out: list[Choice] = []
@@ -50,9 +53,9 @@ class PredictedDifficulty(Curriculum):
 
     def observe(self, seen: Sequence[Seen], metrics: Mapping[str, float]) -> dict[str, float]:
         pairs = [
-            (self.predicted[one.choice.row], one.mean)
+            (self.before[one.choice.row], one.mean)
             for one in seen
-            if one.choice.row in self.predicted and one.mean is not None
+            if one.choice.row in self.before and one.mean is not None
         ]
         if not pairs:
             return {}

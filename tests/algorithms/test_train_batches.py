@@ -59,6 +59,13 @@ def test_unscored_rows_are_left_out_and_do_not_count(make_batch) -> None:  # typ
     assert reduce(metrics)["batch/rows_left_out"] == 2
 
 
+def test_what_the_last_part_counts_is_counted_once(make_batch) -> None:  # type: ignore[no-untyped-def]
+    batch = replace(make_batch([[1.0, 0.0], [0.5, 0.0]]), explored_B=np.array([0, 0, 1, 1], dtype=np.int8))
+    _, metrics = compose(preset="aepo").train_batches(batch, StartOfStep(proximal=batch.behavior_logprobs_BT))
+    found = reduce(metrics)
+    assert (found["explored/rows"], found["explored/trained"]) == (2, 1)
+
+
 def test_nothing_scored_gives_no_step(make_batch) -> None:  # type: ignore[no-untyped-def]
     batch = make_batch([[NAN, NAN], [NAN]])
     for name in ("grpo", "reinforce-baseline", "rloo"):
