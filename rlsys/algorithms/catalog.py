@@ -118,7 +118,7 @@ def _part(key: str, cls: Any) -> PartInfo:
             if f.init
         ),
         unverified=getattr(cls, "unverified", ""),
-        state=tuple(f.name for f in dataclasses.fields(cls) if not f.init and f.name != "in_reward"),
+        state=tuple(f.name for f in dataclasses.fields(cls) if not f.init and f.repr and f.name != "in_reward"),
         metrics=tuple(sorted(set(re.findall(r'"([a-z][a-z0-9-]*/[a-z_0-9{}.]+)"', inspect.getsource(cls))))),
     )
 
