@@ -102,7 +102,8 @@ class Evaluator:
 def summarize(infos: Sequence[GroupInfo], failed: int) -> dict[str, float]:
     """Figures of one evaluation.
 
-    `accuracy` is the mean score of the scored rollouts, absent when there is none. Rollouts whose reward failed
+    `accuracy` is the mean score of the scored rollouts, absent when there is none; with several rollouts of a prompt,
+    `best_of_n` is the mean of each prompt's best score (pass@n, where scores are 0 or 1). Rollouts whose reward failed
     (`unscored`), and prompts that could not be sampled or scored at all (`failed`), are counted and take no part in it.
     """
     scores = [score for info in infos for score in info.scores]
@@ -116,6 +117,9 @@ def summarize(infos: Sequence[GroupInfo], failed: int) -> dict[str, float]:
     }
     if scored:
         out["accuracy"] = sum(scored) / len(scored)
+    best = [max(found) for info in infos if (found := [s for s in info.scores if not math.isnan(s)])]
+    if best and len(scores) > len(infos):
+        out["best_of_n"] = sum(best) / len(best)
     if lengths:
         out["length_mean"] = sum(lengths) / len(lengths)
         out["truncated"] = sum(info.truncated for info in infos) / len(lengths)

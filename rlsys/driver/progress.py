@@ -223,5 +223,10 @@ def _batch_metrics(infos: Sequence[GroupInfo]) -> dict[str, Metric]:
         "rollout/length_mean": Mean.of(lengths),
         "rollout/length_max": Max(max(lengths, default=0)),
         "rollout/truncated": Mean(truncated, len(lengths)),
+        "groups/with_signal": Mean.of(
+            max(found) > min(found)
+            for info in infos
+            if (found := [score for score in info.scores if not math.isnan(score)])
+        ),
         "rollout/distinct_3": Mean.of(info.distinct_3 for info in infos),
     }

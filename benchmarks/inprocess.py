@@ -1,0 +1,149 @@
+"""The real roles in one process, without Ray: one vLLM engine for many runs, each with a learner of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlsys.algorithms.compose import Algorithm
+from rlsys.config.models import Config
+from rlsys.learner.distributed import open_rendezvous
+from rlsys.learner.role import LearnerRank
+from rlsys.reference.server import ReferenceServer
+from rlsys.rewards.worker import RewardWorker
+from rlsys.roles import Generated, PublishedWeights, Roles, Sampling, Scored, StepReport, TrainItem, UpdateReport
+from rlsys.rollouts.engine import VllmGenerator
+from rlsys.sim.roles import MemoryStore
+from rlsys.types import Prompt, RolloutGroup, ScoredGroup, group_info
+from rlsys.weights.publish import unpack
+
+T = TypeVar("T")
+
+
+class Generator:
+    """An engine that is older than the run: its versions are those of the run and `offset` more."""
+
+    name = "generator-0"
+
+    def __init__(self, engine: VllmGenerator) -> None:
+        self._engine = engine
+        self._offset = engine.version + 1
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Awaitable[Generated]]:
+        return [
+            asyncio.ensure_future(self._generated(group)) for group in await self._engine.generate(prompts, sampling)
+        ]
+
+    async def _generated(self, answer: Awaitable[RolloutGroup]) -> Generated:
+        group = await answer
+        rollouts = tuple(
+            replace(r, version_spans=tuple(s._replace(version=s.version - self._offset) for s in r.version_spans))
+            for r in group.rollouts
+        )
+        group = replace(group, rollouts=rollouts)
+        return Generated(group_info(group), group)
+
+    async def progress(self) -> int:
+        return await self._engine.progress()
+
+    async def update(self, weights: PublishedWeights) -> UpdateReport:
+        version = weights.version + self._offset
+        manifest = {**weights.manifest, "version": version}
+        report = await self._engine.update(replace(weights, version=version, manifest=manifest))
+        return replace(report, version=weights.version)
+
+    async def close(self) -> None: ...
+
+
+class Rewarder:
+    name = "rewarder-0"
+
+    def __init__(self, worker: RewardWorker) -> None:
+        self._worker = worker
+
+    async def score(self, group: RolloutGroup) -> Scored:
+        scored = await self._worker.score(group)
+        return Scored(group_info(scored.group, scored.rewards), scored)
+
+    async def close(self) -> None: ...
+
+
+class _Threaded:
+    """Calls follow each other in a thread, so that the event loop goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+class Learner(_Threaded):
+    def __init__(self, rank: LearnerRank) -> None:
+        super().__init__()
+        self._rank = rank
+
+    async def step(self, items: Sequence[TrainItem]) -> StepReport:
+        reference = [item.reference for item in items]
+        return await self._call(
+            self._rank.step, [item.scored for item in items], None if None in reference else reference
+        )
+
+    async def publish(self) -> PublishedWeights:
+        weights = await self._call(self._rank.publish)
+        assert weights is not None
+        return weights
+
+    async def prompt_values(self, prompts: Sequence[Prompt]) -> Sequence[float]:
+        return await self._call(self._rank.prompt_values, prompts)
+
+    async def save(self, directory: Path) -> None: ...  # nobody goes on from here
+
+    async def load(self, directory: Path) -> int:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        await self._call(self._rank.close)
+
+
+class Reference(_Threaded):
+    def __init__(self, server: ReferenceServer) -> None:
+        super().__init__()
+        self._server = server
+
+    async def logprobs(self, group: ScoredGroup) -> Any:
+        return await self._call(self._server.logprobs, group)
+
+    async def update(self, weights: PublishedWeights) -> None:
+        assert weights.payload is not None
+        await self._call(self._server.update, unpack(weights.payload, weights.manifest), weights.version)
+
+    async def save(self, directory: Path) -> None: ...
+
+    async def load(self, directory: Path) -> int:
+        raise NotImplementedError
+
+    async def close(self) -> None: ...
+
+
+def roles(config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerator, worker: RewardWorker) -> Roles:
+    """Those of one run; close its learner afterwards."""
+    store = open_rendezvous("127.0.0.1", 60.0)
+    rank = LearnerRank(config, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
+
+    async def no_more(name: str) -> Any:
+        raise NotImplementedError(f"{name} died")
+
+    return Roles(
+        generators=[Generator(engine)],
+        rewarders=[Rewarder(worker)],
+        learner=Learner(rank),
+        reference=Reference(ReferenceServer(config, model)) if algorithm.needs.reference else None,
+        store=MemoryStore(),
+        spawn_generator=no_more,
+        spawn_rewarder=no_more,
+    )

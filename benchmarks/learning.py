@@ -1,0 +1,202 @@
+"""A learning study: every preset for a short run on one small task, and some of them with five seeds.
+
+    python -m benchmarks.learning              run what is missing, then write docs/learning.md
+    python -m benchmarks.learning --write      only write it
+
+One line per finished run in benchmarks/results/learning.jsonl; what is there is not run again. The driver, vLLM, the
+reward worker, the reference and the DeepSpeed learner are the real ones, in one process and without Ray, so that an
+engine serves many runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rlsys.algorithms import describe
+from rlsys.algorithms.presets import presets
+from rlsys.config.models import Config
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "benchmarks" / "results" / "learning.jsonl"
+PAGE = ROOT / "docs" / "learning.md"
+REWARDS = Path(__file__).with_name("learning_rewards.py")
+STEPS, ROLLOUTS, SAMPLES = 48, 128, 8  # of one run, of one step, of one prompt
+SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the study. `config` has what differs from the common config, by section."""
+
+    name: str
+    preset: str
+    seeds: int = 1
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+STALE = {"driver": {"max_staleness": 4}}
+NAMED = (
+    "grpo", "aepo", "knapsack-rl", "spo-single-stream", "riskpo", "gtpo", "bnpo", "sec", "pcl",
+)  # fmt: skip
+OFF_POLICY = ("ppo", "grpo", "grpo-decoupled", "bapo", "opmd", "asymre", "rec")
+
+
+def cases() -> list[Case]:
+    """Those with five seeds first, seed by seed, so that a study that is cut short has something to say of each."""
+    stale = [Case(f"{name}, staleness 4", name, SEEDS, STALE) for name in OFF_POLICY if name in presets()]
+    named = [Case(name, name, SEEDS) for name in NAMED]
+    return [*named, *stale, *(Case(name, name) for name in presets() if name not in NAMED)]
+
+
+def jobs() -> list[tuple[Case, int]]:
+    found = [(case, seed) for case in cases() for seed in range(case.seeds)]
+    return sorted(found, key=lambda job: (job[0].seeds == 1, job[1]))
+
+
+def config(case: Case, seed: int) -> Config:
+    """A mix of easy and hard sums: two terms are right half of the time at first, five one time in sixteen."""
+    sums = {"kind": "sums", "terms": [2, 5], "largest": 9}
+    preset = presets()[case.preset]
+    samples = int(preset.settings.get("rollout.samples_per_prompt", SAMPLES))
+    samples = samples if samples in (0, 1) else SAMPLES
+    curriculum = {"key": "terms"} if "key" in describe(case.preset).composition["curriculum"] else None
+    sections: dict[str, Any] = {
+        "run": {"name": "learning", "seed": seed, "steps": STEPS},
+        "model": {
+            "max_length": 64,
+            "tiny": {"warm_start": {"steps": 250, "learning_rate": 4e-3, "wrong_step": 0.5}},
+        },
+        "prompts": {"train": {**sums, "limit": 256}, "eval": {**sums, "held_out": True}},
+        "rollout": {"samples_per_prompt": samples, "max_new_tokens": 20, "engine": {"threads": 1}},
+        "rewards": {
+            "functions": [
+                {"name": "correct", "kind": "sums"},
+                {"name": "steps", "kind": "python", "path": f"{REWARDS}:steps", "weight": 0.0},
+            ]
+        },
+        "algorithm": {"preset": case.preset, "curriculum": curriculum},
+        "learner": {
+            "threads": 1,
+            "micro_batch_tokens": 4096,
+            "non_finite": "skip",
+            "optimizer": {"learning_rate": 5e-4, "warmup_steps": 5},
+        },
+        "driver": {"prompts_per_step": ROLLOUTS // max(1, samples) if samples else ROLLOUTS, "max_staleness": 1},
+        "eval": {"prompts": 128, "samples_per_prompt": 8, "temperature": 1.0, "every": 12},
+        "checkpoint": {"every": 0},
+    }
+    for section, changes in case.config.items():
+        sections[section] |= changes
+    return Config.model_validate(sections)
+
+
+# ---- running ------------------------------------------------------------------------------------------------------
+
+
+async def run_all(todo: Sequence[tuple[Case, int]]) -> None:
+    from rlsys.models.tiny import ensure_tiny_model
+    from rlsys.prompts.sums import demonstrations
+    from rlsys.rewards.worker import RewardWorker
+    from rlsys.rollouts.engine import VllmGenerator
+
+    base = config(Case("", "grpo"), 0)
+    assert base.model.tiny is not None
+    made = (0, (2, 5), 9, 0.5)
+    model = ensure_tiny_model(base.model.tiny, 64, lambda: demonstrations(*made), f"sums {made}", None)
+    engine, worker = VllmGenerator("generator-0", base, model), RewardWorker(base.rewards)
+    await engine.start()
+    await worker.start()
+    try:
+        for number, (case, seed) in enumerate(todo, 1):
+            started = time.monotonic()
+            found = await run(case, seed, model, engine, worker)
+            found["seconds"] = time.monotonic() - started
+            with RUNS.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            after = found["evals"][-1]["accuracy"] if found["evals"] else math.nan
+            print(f"{number}/{len(todo)} {case.name} seed {seed}: {after:.3f} ({found['seconds']:.0f} s)", flush=True)
+    finally:
+        await worker.close()
+        await engine.close()
+
+
+async def run(case: Case, seed: int, model: Path, engine: Any, worker: Any) -> dict[str, Any]:
+    from benchmarks.inprocess import roles
+    from rlsys.algorithms.compose import Algorithm
+    from rlsys.driver.loop import Driver
+    from rlsys.errors import RlsysError
+    from rlsys.ledger.ledger import Ledger
+    from rlsys.models.loading import load_tokenizer
+    from rlsys.prompts.stream import PromptStream, eval_prompts
+    from rlsys.sim.drive import RecordingTracker
+
+    settings = config(case, seed)
+    algorithm = Algorithm.from_config(settings.algorithm)
+    common = (settings.prompts, load_tokenizer(model), settings.model.max_length - settings.rollout.max_new_tokens)
+    stream = PromptStream.from_config(settings.prompts.train, *common, seed)
+    assert settings.prompts.eval is not None
+    held_out = eval_prompts(settings.prompts.eval, *common, 0, settings.eval.prompts)
+    tracker, error = RecordingTracker(), None
+    with TemporaryDirectory() as directory:
+        parts = roles(settings, model, algorithm, engine, worker)
+        ledger = Ledger(Path(directory) / "ledger.sqlite")
+        try:
+            driver = Driver(
+                *(settings, parts, ledger, stream, tracker, Path(directory), held_out, algorithm.filters),
+                curriculum=algorithm.curriculum,
+                with_greedy=algorithm.needs.greedy,
+                with_expert=algorithm.needs.expert,
+            )
+            await driver.run()
+        except RlsysError as found:  # a run that breaks off is a result, too
+            error = str(found)
+        finally:
+            await parts.learner.close()
+            ledger.close()
+    kept = ("reward/mean", "learner/entropy_estimate", "groups/with_signal", "advantages/nonzero", "staleness/mean",
+            "learner/grad_norm", "tokens/generated", "tokens/trained")  # fmt: skip
+    return {
+        "name": case.name,
+        "preset": case.preset,
+        "seed": seed,
+        "error": error,
+        "evals": [{"step": step, **metrics} for step, metrics in tracker.evals],
+        "steps": [{name: metrics[name] for name in kept if name in metrics} for _, metrics in tracker.steps],
+    }
+
+
+def finished() -> list[dict[str, Any]]:
+    if not RUNS.exists():
+        return []
+    return [json.loads(line) for line in RUNS.read_text().splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="run nothing, only write the page")
+    parser.add_argument("--most", type=int, help="runs to do at most")
+    options = parser.parse_args()
+    if not options.write:
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        done = {(found["name"], found["seed"]) for found in finished()}
+        todo = [(case, seed) for case, seed in jobs() if (case.name, seed) not in done][: options.most]
+        print(f"{len(done)} runs are done, {len(todo)} to do", flush=True)
+        if todo:
+            asyncio.run(run_all(todo))
+    from benchmarks.learning_page import write
+
+    write(finished(), PAGE)
+
+
+if __name__ == "__main__":
+    main()
