@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "learning.jsonl"
 PAGE = ROOT / "docs" / "learning.md"
 REWARDS = Path(__file__).with_name("learning_rewards.py")
-STEPS, ROLLOUTS, SAMPLES = 60, 256, 8  # of one run, of one step, of one prompt
+STEPS, ROLLOUTS, SAMPLES = 50, 256, 8  # of one run, of one step, of one prompt
 SEEDS = 5
 
 
@@ -90,10 +90,10 @@ def config(case: Case, seed: int) -> Config:
             "threads": 1,
             "micro_batch_tokens": 4096,
             "non_finite": "skip",
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 5},
+            "optimizer": {"learning_rate": 3e-4, "warmup_steps": 5},
         },
         "driver": {"prompts_per_step": ROLLOUTS // max(1, samples) if samples else ROLLOUTS, "max_staleness": 1},
-        "eval": {"prompts": 128, "samples_per_prompt": 8, "temperature": 1.0, "every": 15},
+        "eval": {"prompts": 128, "samples_per_prompt": 8, "temperature": 1.0, "every": 10},
         "checkpoint": {"every": 0},
     }
     for section, changes in case.config.items():

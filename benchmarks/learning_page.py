@@ -33,7 +33,7 @@ def write(runs: Sequence[Run], page: Path) -> None:
         "Written by `python -m benchmarks.learning` from `benchmarks/results/learning.jsonl`.",
         "",
         f"Every preset, as published, on one small task: sums of two to four terms by the quickstart's model, {steps} "
-        f"steps of 256 sampled responses, learning rate 1e-3, bound on staleness 1 unless said. The real driver, vLLM, "
+        f"steps of 256 sampled responses, learning rate 3e-4, bound on staleness 1 unless said. The real driver, vLLM, "
         "reward worker, reference and DeepSpeed learner, in one process. Accuracy is on "
         f"{int(evals[0]['prompts'])} held-out problems, {int(evals[0]['rollouts'] / evals[0]['prompts'])} samples each "
         "at temperature 1; best of 8 is the share of problems that one of the eight solves. Presets whose samples per "
