@@ -15,8 +15,19 @@ from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
 from rlsys.reference.server import ReferenceServer
 from rlsys.rewards.worker import RewardWorker
-from rlsys.roles import Generated, PublishedWeights, Roles, Sampling, Scored, StepReport, TrainItem, UpdateReport
+from rlsys.roles import (
+    Branch,
+    Generated,
+    PublishedWeights,
+    Roles,
+    Sampling,
+    Scored,
+    StepReport,
+    TrainItem,
+    UpdateReport,
+)
 from rlsys.rollouts.engine import VllmGenerator
+from rlsys.segments import Strategy, scored
 from rlsys.sim.roles import MemoryStore
 from rlsys.types import Prompt, RolloutGroup, ScoredGroup, group_info
 from rlsys.weights.publish import unpack
@@ -62,12 +73,16 @@ class Generator:
 class Rewarder:
     name = "rewarder-0"
 
-    def __init__(self, worker: RewardWorker) -> None:
+    def __init__(self, worker: RewardWorker, strategy: Strategy) -> None:
         self._worker = worker
+        self._strategy = strategy
 
-    async def score(self, group: RolloutGroup) -> Scored:
-        scored = await self._worker.score(group)
-        return Scored(group_info(scored.group, scored.rewards), scored)
+    async def branch(self, rounds: Sequence[Sequence[RolloutGroup]]) -> Sequence[Branch]:
+        return self._strategy.branch(rounds)
+
+    async def score(self, rounds: Sequence[Sequence[RolloutGroup]], training: bool) -> Scored:
+        found = await scored(self._strategy if training else None, rounds, self._worker.score)
+        return Scored(group_info(found.group, found.rewards), found)
 
     async def close(self) -> None: ...
 
@@ -140,7 +155,7 @@ def roles(config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerat
 
     return Roles(
         generators=[Generator(engine)],
-        rewarders=[Rewarder(worker)],
+        rewarders=[Rewarder(worker, algorithm.rollout)],
         learner=Learner(rank),
         reference=Reference(ReferenceServer(config, model)) if algorithm.needs.reference else None,
         store=MemoryStore(),

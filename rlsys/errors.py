@@ -50,6 +50,10 @@ class NonFiniteError(LearnerError):
     """A step would have applied a non-finite gradient; nothing was applied. Names the samples."""
 
 
+class SegmentError(RlsysError):
+    """A response cannot be cut as it was asked for; it costs the prompt, not the run."""
+
+
 class WorkerDied(RlsysError):
     """The process behind a role ended. `worker` is its name, such as "generator-0"."""
 

@@ -39,6 +39,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """A prompt that begins a response, to be sampled on from there."""
+
+    prompt: Prompt
+    n: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """A short token sequence with the learner's own log-probs: the generator must find the same ones.
 
@@ -146,7 +155,16 @@ class Rewarder(Protocol):
 
     name: str
 
-    async def score(self, group: Handle) -> Scored: ...
+    async def branch(self, rounds: Sequence[Sequence[Handle]]) -> Sequence[Branch]:
+        """What is to be sampled next, after these rounds of groups; nothing when that was all.
+
+        Raises SegmentError when that cannot be said.
+        """
+        ...
+
+    async def score(self, rounds: Sequence[Sequence[Handle]], training: bool) -> Scored:
+        """Score a group, with everything that was branched off it. What is not for training has no branches."""
+        ...
 
     async def close(self) -> None: ...
 

@@ -69,6 +69,8 @@ class Prompt:
     seed: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
     demonstration: Demonstration | None = None  # not kept on disk: a prompt that is drawn again has it again
+    # The last so many of `token_ids` begin the response: the texts of the rollouts have them, their tokens do not.
+    prefix_tokens: int = 0
 
 
 class VersionSpan(NamedTuple):
@@ -80,19 +82,26 @@ class VersionSpan(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Response tokens `[start, end)`, with optional Monte-Carlo value estimates at its two ends."""
+    """Response tokens `[start, end)`, with optional Monte-Carlo value estimates at its two ends.
+
+    `spread` is the standard deviation of the end values of all segments that begin where this one does. `first` is
+    False where an earlier rollout of the group has the same segment, which is then to be trained there and not here.
+    """
 
     start: int
     end: int
     start_value: float | None = None
     end_value: float | None = None
+    spread: float | None = None
+    first: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One sampled response.
 
-    `version_spans` cover `[0, T)` without gaps, in rising order of version. `behavior_logprobs` are natural
+    `version_spans` cover `[0, T)` without gaps, in rising order of version (but where pieces that several generators
+    have sampled are joined). `behavior_logprobs` are natural
     logarithms under the policy that sampled the token, at the sampling temperature. `action_mask` is False where the
     policy did not choose the token (a tool's or environment's output).
 
@@ -259,6 +268,9 @@ class RolloutBatch:
     greedy_B: np.ndarray | None = None  # bool; greedy baselines, whose mask is empty. None: there are none
     # int8; 1 sampled at a higher temperature than the one that is trained at, -1 at a lower one. None: there are none
     explored_B: np.ndarray | None = None
+    # float32, of the token's segment: start value, end value, spread (NaN: there is none), and 1 where it is `first`.
+    # None: no rollout has segments
+    segments_BTF: np.ndarray | None = None
 
     @property
     def rows(self) -> int:

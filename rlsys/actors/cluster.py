@@ -19,7 +19,7 @@ from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
 from rlsys.actors.reference import start_reference
 from rlsys.actors.rewards import start_rewarder
-from rlsys.algorithms.compose import Algorithm
+from rlsys.algorithms.compose import Algorithm, bound_strategy
 from rlsys.config.models import Config
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles
@@ -61,7 +61,8 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
 
     Raises the first role's failure, after closing those that had started.
     """
-    needs = Algorithm.from_config(config.algorithm).needs
+    algorithm = Algorithm.from_config(config.algorithm)
+    needs, strategy = algorithm.needs, bound_strategy(algorithm, config, model_path)
     start_cluster(config)
     started: list[Any] = []
 
@@ -74,7 +75,7 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         return await keep(start_generator(name, config, model_path))
 
     async def spawn_rewarder(name: str) -> Any:
-        return await keep(start_rewarder(name, config.rewards))
+        return await keep(start_rewarder(name, config.rewards, strategy))
 
     try:
         try:

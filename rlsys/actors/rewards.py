@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,29 +14,39 @@ from rlsys.config.models import RewardsConfig
 from rlsys.errors import RlsysError, WorkerDied
 from rlsys.rewards.setup import with_absolute_paths
 from rlsys.rewards.worker import RewardWorker, default_search_path
-from rlsys.roles import Handle, Scored
+from rlsys.roles import Branch, Handle, Scored
+from rlsys.segments import Strategy, scored
 from rlsys.types import GroupInfo, RolloutGroup, ScoredGroup, group_info
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.actor import ActorHandle
 
 
 class RewardActor:
     """The shell around a `RewardWorker`; calls overlap."""
 
-    def __init__(self, name: str, config: RewardsConfig, search_path: Sequence[str]) -> None:
+    def __init__(self, name: str, config: RewardsConfig, search_path: Sequence[str], strategy: Strategy | None) -> None:
         self._arguments = (config, name, search_path)
+        self._strategy = strategy
 
     async def start(self) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
         self._worker = RewardWorker(*self._arguments)
         await self._worker.start()
 
-    async def score(self, group: RolloutGroup) -> tuple[tuple[GroupInfo, float], ScoredGroup]:
+    async def branch(self, rounds: Sequence[Sequence[ObjectRef]]) -> list[Branch]:
+        assert self._strategy is not None
+        return self._strategy.branch(await _opened(rounds))
+
+    async def score(
+        self, rounds: Sequence[Sequence[ObjectRef]], training: bool
+    ) -> tuple[tuple[GroupInfo, float], ScoredGroup]:
         """The driver reads the first of the two; the second stays in the object store. Seconds are of scoring alone."""
+        groups = await _opened(rounds)
         begin = time.monotonic()
-        scored = await self._worker.score(group)
-        return (group_info(group, scored.rewards), time.monotonic() - begin), scored
+        found = await scored(self._strategy if training else None, groups, self._worker.score)
+        return (group_info(found.group, found.rewards), time.monotonic() - begin), found
 
     async def close(self) -> None:
         await self._worker.close()
@@ -48,9 +59,17 @@ class RayRewarder:
         self.name = name
         self.actor = actor
 
-    async def score(self, group: Handle) -> Scored:
-        """Raises WorkerDied, and what `RewardWorker.score` raises."""
-        refs: list[Any] = self.actor.score.options(num_returns=2).remote(group)
+    async def branch(self, rounds: Sequence[Sequence[Handle]]) -> Sequence[Branch]:
+        """Raises WorkerDied, SegmentError."""
+        try:
+            branches: list[Branch] = await self.actor.branch.remote(rounds)
+        except (RayActorError, RayTaskError) as error:
+            raise _ours(self.name, error) from error
+        return branches
+
+    async def score(self, rounds: Sequence[Sequence[Handle]], training: bool) -> Scored:
+        """Raises WorkerDied, SegmentError, and what `RewardWorker.score` raises."""
+        refs: list[Any] = self.actor.score.options(num_returns=2).remote(rounds, training)
         try:
             info, seconds = await refs[0]
         except (RayActorError, RayTaskError) as error:
@@ -66,7 +85,12 @@ class RayRewarder:
         ray.kill(self.actor)
 
 
-async def start_rewarder(name: str, config: RewardsConfig) -> RayRewarder:
+async def _opened(rounds: Sequence[Sequence[ObjectRef]]) -> list[list[RolloutGroup]]:
+    """Ray opens only what is an argument itself."""
+    return [list(await asyncio.gather(*groups)) for groups in rounds]
+
+
+async def start_rewarder(name: str, config: RewardsConfig, strategy: Strategy | None = None) -> RayRewarder:
     """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied.
 
     Its functions are found on the caller's module path and in its working directory. It claims no CPU: cores are
@@ -74,7 +98,7 @@ async def start_rewarder(name: str, config: RewardsConfig) -> RayRewarder:
     """
     # A worker that died is replaced by the driver, which knows what it was doing.
     remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(RewardActor)
-    actor: ActorHandle[Any] = remote.remote(name, with_absolute_paths(config), default_search_path())
+    actor: ActorHandle[Any] = remote.remote(name, with_absolute_paths(config), default_search_path(), strategy)
     try:
         await actor.start.remote()
     except BaseException as error:

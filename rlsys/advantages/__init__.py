@@ -58,6 +58,8 @@ class AdvantageInputs:
     greedy: Tensor | None = None  # bool [B], greedy baselines, whose `scores` are real though `scored` is False
     # int8 [B], 1 sampled at a higher temperature than is trained at, -1 at a lower one, in groups of their own
     explored: Tensor | None = None
+    # [B, T, 4], of each token's segment: start value, end value, spread (NaN: none), 1 where it is to be trained
+    segments: Tensor | None = None
     progress: Progress = START
 
 
@@ -80,6 +82,7 @@ class Estimator(Part):
     needs_proximal: ClassVar[bool] = False  # `proximal_logprobs`
     needs_entropy: ClassVar[bool] = False  # `entropy`
     needs_greedy: ClassVar[bool] = False  # one greedy rollout per prompt
+    needs_segments: ClassVar[bool] = False  # `segments`
     provides: ClassVar[tuple[str, ...]] = ()  # names of its `extras`
 
     def __call__(self, inputs: AdvantageInputs) -> Advantages:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ from rlsys.algorithms import filters
 from rlsys.algorithms.filters import GroupFilter
 from rlsys.algorithms.presets import resolve
 from rlsys.batches import build_train_batch, minibatches, select_rows
-from rlsys.config.models import AlgorithmConfig, CriticConfig, PartConfig
+from rlsys.config.models import AlgorithmConfig, Config, CriticConfig, PartConfig
 from rlsys.curricula import Curriculum
 from rlsys.errors import ConfigError, LearnerError
 from rlsys.losses import (
@@ -51,7 +52,9 @@ from rlsys.losses import (
     regularizers,
 )
 from rlsys.metrics import Last, Max, Mean, Metric, Min, Sum, merge
+from rlsys.models.loading import load_tokenizer
 from rlsys.registry import build
+from rlsys.segments import Partition, Strategy, partitions, strategies
 from rlsys.types import GroupInfo, Progress, RolloutBatch, StartOfStep, TrainBatch
 
 NOTHING = StartOfStep()
@@ -59,6 +62,8 @@ NOTHING = StartOfStep()
 # Where each kind of part lives, and its base class, by config key.
 KINDS: Mapping[str, tuple[ModuleType, type[Any]]] = {
     "curriculum": (curricula, Curriculum),
+    "rollout": (strategies, Strategy),
+    "partition": (partitions, Partition),
     "combine": (combiners, Combiner),
     "advantage": (advantages, Estimator),
     "adjust": (adjustments, Adjustment),
@@ -94,6 +99,8 @@ class Algorithm:
 
     preset: str
     curriculum: Curriculum
+    rollout: Strategy
+    partition: Partition
     combiner: Combiner
     estimator: Estimator
     adjustments: tuple[Adjustment, ...]
@@ -117,6 +124,12 @@ class Algorithm:
         curriculum: Curriculum = _part("curriculum", plan.curriculum)
         adjustments: tuple[Adjustment, ...] = tuple(_part("adjust", part, i) for i, part in enumerate(plan.adjust))
         critical: list[Estimator | Adjustment] = [estimator, *adjustments]
+        rollout: Strategy = _part("rollout", plan.rollout)
+        if estimator.needs_segments and not rollout.branches:
+            raise ConfigError(
+                f"algorithm.advantage: {estimator.name!r} works with the values of segments, and algorithm.rollout "
+                f"{rollout.name!r} makes none; choose one that does, such as chain or tree"
+            )
         users = [part.name for part in critical if part.needs_values]
         if users and plan.critic is None:
             raise ConfigError(
@@ -142,6 +155,8 @@ class Algorithm:
         algorithm = cls(
             preset=config.preset,
             curriculum=curriculum,
+            rollout=rollout,
+            partition=_part("partition", plan.partition),
             combiner=combiner,
             estimator=estimator,
             adjustments=adjustments,
@@ -200,6 +215,8 @@ class Algorithm:
         """All parts by config key."""
         return {
             "curriculum": (self.curriculum,),
+            "rollout": (self.rollout,),
+            "partition": (self.partition,) if self.rollout.uses_partition else (),
             "combine": (self.combiner,),
             "advantage": (self.estimator,),
             "adjust": self.adjustments,
@@ -215,6 +232,8 @@ class Algorithm:
         return {
             "preset": self.preset,
             "curriculum": _resolved(self.curriculum),
+            "rollout": _resolved(self.rollout),
+            **({"partition": _resolved(self.partition)} if self.rollout.uses_partition else {}),
             "combine": _resolved(self.combiner),
             "advantage": _resolved(self.estimator),
             "adjust": [_resolved(part) for part in self.adjustments],
@@ -325,6 +344,7 @@ class Algorithm:
             expert=tensor(batch.expert_B),
             greedy=tensor(batch.greedy_B),
             explored=tensor(batch.explored_B),
+            segments=tensor(batch.segments_BTF),
             progress=start.progress,
         )
 
@@ -419,7 +439,7 @@ class Algorithm:
         return {
             key: [{"name": part.name, "state": part.state_dict()} for part in parts]
             for key, parts in self.parts.items()
-            if key not in ("curriculum", "filter")  # work in the driver, which keeps the curriculum's memory
+            if key not in ("curriculum", "rollout", "partition", "filter")  # these work elsewhere
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -434,6 +454,26 @@ class Algorithm:
                 )
             for part, entry in zip(parts, saved, strict=True):
                 part.load_state_dict(entry["state"])
+
+
+def bound_strategy(algorithm: Algorithm, config: Config, model_path: str | Path) -> Strategy:
+    """The strategy with what it has to know of the config. Raises ConfigError for what cannot fit."""
+    pieces = TokenTexts(str(model_path)) if algorithm.partition.needs_text else None
+    algorithm.rollout.bind(algorithm.partition, config.rollout.max_new_tokens, pieces)
+    return algorithm.rollout
+
+
+class TokenTexts:
+    """The text of each token; the tokenizer is loaded where it is first asked."""
+
+    def __init__(self, model_path: str) -> None:
+        self._model_path = model_path
+        self._tokenizer: Any = None
+
+    def __call__(self, token_ids: np.ndarray) -> list[str]:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._model_path)
+        return [self._tokenizer.decode([int(token)], skip_special_tokens=True) for token in token_ids]
 
 
 def _part(kind: str, config: PartConfig, place: int | None = None) -> Any:

@@ -22,6 +22,7 @@ FAMILIES = (
     "selection and curricula",
     "supervised and reinforcement",
     "reward signals",
+    "segments",
 )
 
 
@@ -39,6 +40,8 @@ class Preset(Strict):
     loss: PartConfig
     aggregate: PartConfig
     curriculum: PartConfig = PartConfig(name="in-order")
+    rollout: PartConfig = PartConfig(name="plain")
+    partition: PartConfig = PartConfig(name="fixed-length")
     combine: PartConfig = PartConfig(name="weighted-sum")
     adjust: tuple[PartConfig, ...] = ()
     filter: tuple[PartConfig, ...] = ()
@@ -79,7 +82,7 @@ def resolve(config: AlgorithmConfig) -> Preset:
         )
     preset = known[config.preset]
     changes: dict[str, object] = {}
-    for key in ("curriculum", "combine", "advantage", "loss", "correction", "aggregate"):
+    for key in ("curriculum", "rollout", "partition", "combine", "advantage", "loss", "correction", "aggregate"):
         given = getattr(config, key)
         if given is not None:
             changes[key] = _changed(given, getattr(preset, key))

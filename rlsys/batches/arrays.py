@@ -71,6 +71,13 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
             components[b] = [reward.components.get(name, np.nan) for name in component_names]
         if reference_logprobs is not None and row_reference is not None:
             reference_logprobs[b, :length] = row_reference
+    segments = None
+    if any(rollout.segments for _, _, rollout, *_ in rows):
+        segments = np.full((count, width, 4), np.nan, dtype=np.float32)
+        for b, (_, _, rollout, *_) in enumerate(rows):
+            for segment in rollout.segments:
+                values = (segment.start_value, segment.end_value, segment.spread, segment.first)
+                segments[b, segment.start : segment.end] = [np.nan if v is None else float(v) for v in values]
     return RolloutBatch(
         input_ids_BL=input_ids,
         prompt_lengths_B=prompt_lengths,
@@ -90,6 +97,7 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
         finished_B=np.array([rollout.finish_reason == "stop" for _, _, rollout, *_ in rows], dtype=bool),
         expert_B=origins == "expert",
         greedy_B=origins == "greedy",
+        segments_BTF=segments,
         explored_B=(origins == "hotter").astype(np.int8) - (origins == "colder").astype(np.int8),
     )
 
@@ -173,7 +181,7 @@ def select_rows(batch: Batch, rows: Sequence[int] | np.ndarray) -> Batch:
                 out[field.name] = {name: array[index, :width] for name, array in value.items()}
             elif value is None:
                 continue
-            elif field.name.endswith("_BT"):
+            elif field.name.endswith(("_BT", "_BTF")):
                 out[field.name] = value[index, :width]
             elif isinstance(value, tuple) and field.name.endswith("_B"):
                 out[field.name] = tuple(value[i] for i in index) if value else ()

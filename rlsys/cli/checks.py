@@ -40,7 +40,7 @@ def check_config(config: Config) -> Checked:
     if config.reference.average_with is not None:
         check_folder(config.reference.average_with, tokenizer=False)
 
-    from rlsys.algorithms.compose import Algorithm
+    from rlsys.algorithms.compose import Algorithm, bound_strategy
 
     algorithm = Algorithm.from_config(config.algorithm)
     if not algorithm.needs.reference:
@@ -72,6 +72,7 @@ def check_config(config: Config) -> Checked:
             "gives one twice: use a source of so many rows (jsonl, huggingface), or another curriculum"
         )
     curriculum.bind(stream, config.run.seed, config.rollout.samples_per_prompt)
+    bound_strategy(algorithm, config, config.model.path or "")
     tasks = {config.prompts.train.task}
     held_out = None
     if config.prompts.eval is not None:

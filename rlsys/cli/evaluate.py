@@ -105,7 +105,7 @@ async def _score(
 
     async def one(generator: Generator, share: Sequence[Prompt]) -> list[GroupInfo]:
         async def score(generating: object, rewarder: Rewarder) -> GroupInfo:
-            return (await rewarder.score((await generating).payload)).info  # type: ignore[misc]
+            return (await rewarder.score([[(await generating).payload]], training=False)).info  # type: ignore[misc]
 
         answers = await generator.generate(share, sampling)
         return await asyncio.gather(*(score(a, rewarders[i % len(rewarders)]) for i, a in enumerate(answers)))

@@ -47,7 +47,7 @@ async def run(
 ) -> dict[str, Any]:
     """Start every role, run the driver over them, end them again; returns the summary."""
     from rlsys.actors.cluster import start_roles
-    from rlsys.algorithms.compose import Algorithm
+    from rlsys.algorithms.compose import Algorithm, bound_strategy
     from rlsys.driver.loop import Driver
     from rlsys.ledger.ledger import Ledger
     from rlsys.prompts.stream import PromptStream, eval_prompts
@@ -64,6 +64,7 @@ async def run(
                 driver = Driver(
                     *(config, roles, ledger, stream, trackers, run_dir, held_out, algorithm.filters),
                     curriculum=algorithm.curriculum,
+                    strategy=bound_strategy(algorithm, config, model_path),
                     with_greedy=algorithm.needs.greedy,
                     with_expert=algorithm.needs.expert,
                 )

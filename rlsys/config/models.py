@@ -244,6 +244,8 @@ class AlgorithmConfig(Strict):
 
     preset: str = "grpo"
     curriculum: PartConfig | None = Field(None, description="Which prompts come next, and how often each is sampled.")
+    rollout: PartConfig | None = Field(None, description="How a prompt is sampled: plain, chain, tree.")
+    partition: PartConfig | None = Field(None, description="Where a chain is cut.")
     combine: PartConfig | None = Field(None, description="One signal out of several reward components.")
     advantage: PartConfig | None = None
     adjust: tuple[PartConfig, ...] | None = Field(None, description="Changes of the advantages, in this order.")

@@ -11,7 +11,7 @@ from typing import Any
 from rlsys.driver.progress import Recorder
 from rlsys.driver.waiting import within
 from rlsys.driver.weights import WeightRollout
-from rlsys.driver.workers import GeneratorPool, Request, RewarderPool, WorkFailed
+from rlsys.driver.workers import GeneratorPool, Request, RewarderPool, Rounds, WorkFailed
 from rlsys.errors import EngineError
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Sampling
@@ -90,7 +90,7 @@ class Evaluator:
     async def _score(self, generating: asyncio.Future[Any]) -> GroupInfo | None:
         try:
             generated, _ = await generating
-            [scoring] = self._rewarders.submit([generated.payload])
+            [scoring] = self._rewarders.submit([Rounds([[generated.payload]], training=False)])
             scored, _ = await scoring
         except WorkFailed as error:
             logger.warning("a prompt of the evaluation is left out: %s", error)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -41,13 +42,14 @@ from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.gate import StalenessGate
 from rlsys.driver.progress import Recorder, Totals
 from rlsys.driver.recovery import recover
-from rlsys.driver.waiting import Bell, within
+from rlsys.driver.waiting import Bell, gathered, within
 from rlsys.driver.weights import WeightRollout
-from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPool, WorkFailed
-from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, WorkerDied
+from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPool, Rounds, WorkFailed
+from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, SegmentError, WorkerDied
 from rlsys.ledger.ledger import Ledger
 from rlsys.metrics import reduce
-from rlsys.roles import Reference, Roles, Scored, StepReport, Tracker, TrainItem
+from rlsys.roles import Generated, Handle, Reference, Roles, Scored, StepReport, Tracker, TrainItem
+from rlsys.segments import Strategy
 from rlsys.types import GroupInfo, Progress, Prompt
 
 logger = logging.getLogger(__name__)
@@ -81,10 +83,11 @@ class Driver:
         eval_prompts: Sequence[Prompt] = (),
         filters: Sequence[GroupFilter] = (),
         curriculum: Curriculum | None = None,
+        strategy: Strategy | None = None,
         with_greedy: bool = False,
         with_expert: bool = False,
     ) -> None:
-        """Prompts come in order without a `curriculum`.
+        """Prompts come in order without a `curriculum`, and are sampled and no more without a `strategy`.
 
         `with_greedy`, `with_expert`: groups hold a greedy rollout, a demonstration, beside the samples.
         """
@@ -112,7 +115,7 @@ class Driver:
             self.recorder.updated,
         )
         self.rewarders = RewarderPool(
-            options.rewarder_options(config, events), roles.rewarders, roles.spawn_rewarder, self._spawn
+            options.rewarder_options(config, events, strategy), roles.rewarders, roles.spawn_rewarder, self._spawn
         )
         self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
         self.evaluator = Evaluator(
@@ -120,7 +123,10 @@ class Driver:
             options.evaluation_sampling(config),
             config.eval.timeout_s,
         )
+        self.strategy = strategy
         sampling = options.training_sampling(config, with_greedy, with_expert)
+        if strategy is not None:
+            sampling = strategy.first(sampling)
         self.drawing = Drawing(prompts, curriculum or InOrder(), sampling, config.run.seed)
         self._stops = 0
         self._held = False  # S = 0: no new prompts during an evaluation or a checkpoint
@@ -196,9 +202,12 @@ class Driver:
         info: GroupInfo = generated.info
         self.recorder.generated(info)
         self.ledger.sampled(info)
-        [scoring] = self.rewarders.submit([generated.payload])
         try:
+            rounds = await self._branch(prompt, generated)
+            [scoring] = self.rewarders.submit([Rounds(rounds, training=True)])
             scored, rewarder = await scoring
+        except SegmentError as error:
+            return await self._drop(prompt, f"segments failed: {error}", info)
         except WorkFailed as error:
             return await self._drop(prompt, f"rewards failed: {error}", info)
         self.ledger.scored(scored.info, rewarder)
@@ -230,6 +239,27 @@ class Driver:
             return 0  # S = 0: a batch is sampled in waves, so that its composition does not depend on timing
         slots, most = self.gate.open_slots(), self.config.driver.max_groups_in_flight
         return slots if most is None else max(0, min(slots, most - self.buffer.under_way))
+
+    async def _branch(self, prompt: Prompt, generated: Generated) -> list[list[Handle]]:
+        """Sample on from what there is, round by round, for as long as the strategy asks for more."""
+        rounds = [[generated.payload]]
+        while self.strategy is not None and self.strategy.branches:
+            [asked] = self.rewarders.submit([Rounds(rounds, training=True, branch=True)])
+            branches, _ = await asked
+            if not branches:
+                break
+            base = self.drawing.sampling(prompt.index)
+            requests = [
+                Request(b.prompt, replace(base, n=b.n, max_new_tokens=b.max_new_tokens), training=True, root=prompt.id)
+                for b in branches
+            ]
+            answers = await gathered(self.generators.submit(requests))
+            infos = [found.info for found, _ in answers]
+            self.ledger.branched(prompt.id, len(infos), sum(info.sampled_tokens for info in infos))
+            for info in infos:
+                self.recorder.generated(info)
+            rounds.append([found.payload for found, _ in answers])
+        return rounds
 
     async def _buffer(self, prompt: Prompt, scored: Scored) -> None:
         """A scored group that is on disk: filter it, have the reference score it, let the learner have it."""
@@ -484,12 +514,12 @@ class Driver:
         self.bell.ring()
 
     def _assigned(self, work: Any, worker: str, attempt: int) -> None:
-        if isinstance(work, Request) and work.training:
+        if isinstance(work, Request) and work.training and work.root is None:
             self.ledger.assigned(work.prompt.id, worker, attempt)
 
     def _failed(self, work: Any, worker: str, cause: str) -> None:
         if isinstance(work, Request) and work.training:
-            self.ledger.failed(work.prompt.id, worker, cause)
+            self.ledger.failed(work.root or work.prompt.id, worker, cause)
 
     def _lost(self, worker: str, cause: str) -> None:
         logger.warning("%s is lost: %s; it is restarted and its work goes elsewhere", worker, cause)

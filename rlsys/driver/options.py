@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlsys.config.models import Config
 from rlsys.driver.workers import PoolEvents, PoolOptions
 from rlsys.roles import Sampling
+from rlsys.segments import Strategy
 
 STORE_TIMEOUT_S = 120.0
 REWARD_MARGIN_S = 30.0  # on top of the reward workers' own time limits
@@ -50,10 +51,12 @@ def generator_options(config: Config, events: PoolEvents) -> PoolOptions:
     )
 
 
-def rewarder_options(config: Config, events: PoolEvents) -> PoolOptions:
-    rewards = config.rewards
+def rewarder_options(config: Config, events: PoolEvents, strategy: Strategy | None = None) -> PoolOptions:
+    rewards, samples = config.rewards, config.rollout.samples_per_prompt
+    if strategy is not None and strategy.branches:
+        samples = max(samples, round(strategy.expected_tokens(samples) / config.rollout.max_new_tokens))
     # A worker may call every function on every rollout of a group one after the other.
-    calls = (config.rollout.samples_per_prompt + 2) * len(rewards.functions)
+    calls = (samples + 2) * len(rewards.functions)
     return PoolOptions(
         kind="rewarder",
         patience=calls * rewards.timeout_s + REWARD_MARGIN_S,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from rlsys.errors import RlsysError
@@ -20,6 +20,15 @@ async def within(seconds: float, awaitable: Awaitable[T], error: RlsysError) -> 
         if not deadline.expired():
             raise
         raise error from None
+
+
+async def gathered(futures: Sequence[asyncio.Future[T]]) -> list[T]:
+    """All results; the first failure cancels the others and is raised."""
+    try:
+        return list(await asyncio.gather(*futures))
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 class Bell:

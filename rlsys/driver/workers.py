@@ -22,7 +22,7 @@ from rlsys.driver.leases import Leases
 from rlsys.driver.router import Router
 from rlsys.driver.waiting import within
 from rlsys.errors import EngineError, RlsysError, UserError, WeightUpdateError, WorkerDied, WorkerStalled
-from rlsys.roles import Generated, Generator, Handle, PublishedWeights, Rewarder, Sampling, Scored, UpdateReport
+from rlsys.roles import Generated, Generator, Handle, PublishedWeights, Rewarder, Sampling, UpdateReport
 from rlsys.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -335,6 +335,7 @@ class Request:
     prompt: Prompt
     sampling: Sampling
     training: bool
+    root: str | None = None  # id of the prompt that this one is a branch of
 
 
 class GeneratorPool(WorkerPool[Generator, Request, Generated]):
@@ -400,8 +401,17 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
         self._versions.pop(worker, None)
 
 
-class RewarderPool(WorkerPool[Rewarder, Handle, Scored]):
-    """Reward workers. Their progress is the number of groups they have scored."""
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """A prompt's groups, round by round: to be scored, or (`branch`) asked what comes next."""
+
+    groups: Sequence[Sequence[Handle]]
+    training: bool
+    branch: bool = False
+
+
+class RewarderPool(WorkerPool[Rewarder, Rounds, Any]):
+    """Reward workers. Their progress is the number of pieces of work they have done: `Scored`, or branches."""
 
     def __init__(
         self,
@@ -413,8 +423,11 @@ class RewarderPool(WorkerPool[Rewarder, Handle, Scored]):
         self._scored: dict[str, int] = {}
         super().__init__(options, workers, spawn, run)
 
-    async def _start(self, worker: Rewarder, work: Sequence[Handle]) -> Sequence[Awaitable[Scored]]:
-        return [worker.score(group) for group in work]
+    async def _start(self, worker: Rewarder, work: Sequence[Rounds]) -> Sequence[Awaitable[Any]]:
+        return [
+            worker.branch(piece.groups) if piece.branch else worker.score(piece.groups, piece.training)
+            for piece in work
+        ]
 
     async def _progress(self, worker: Rewarder) -> int:
         return self._scored.get(worker.name, 0)

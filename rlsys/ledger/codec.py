@@ -14,7 +14,14 @@ from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segm
 
 _SPAN = pa.struct([("version", pa.int32()), ("start", pa.int32()), ("end", pa.int32())])
 _SEGMENT = pa.struct(
-    [("start", pa.int32()), ("end", pa.int32()), ("start_value", pa.float64()), ("end_value", pa.float64())]
+    [
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("start_value", pa.float64()),
+        ("end_value", pa.float64()),
+        ("spread", pa.float64()),
+        ("first", pa.bool_()),
+    ]
 )
 
 SCHEMA = pa.schema(

@@ -164,6 +164,10 @@ class Ledger:
         versions = [info.min_version, info.max_version]
         self._event(info.prompt_id, "sampled", worker=info.generator, versions=versions, lengths=info.lengths)
 
+    def branched(self, prompt_id: str, branches: int, tokens: int) -> None:
+        """A round of branches off the prompt's rollouts has been sampled."""
+        self._event(prompt_id, "branched", branches=branches, tokens=tokens)
+
     def scored(self, info: GroupInfo, worker: str) -> None:
         self._expect(info.prompt_id, "pending")
         self._event(

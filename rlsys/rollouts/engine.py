@@ -26,6 +26,7 @@ import os
 import time
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,19 @@ class VllmGenerator:
     ) -> RolloutGroup:
         with self._failures():
             outputs: list[Any] = [await queue.get() for queue in queues]
-        return to_group(prompt, sampling, outputs, self.name)
+        group = to_group(prompt, sampling, outputs, self.name)
+        return self._with_whole_texts(group) if prompt.prefix_tokens else group
+
+    def _with_whole_texts(self, group: RolloutGroup) -> RolloutGroup:
+        """Texts that begin with the part of the response that the prompt ends with."""
+        prompt = group.prompt
+        prefix = prompt.token_ids[len(prompt.token_ids) - prompt.prefix_tokens :]
+        tokenizer = self._running_engine().get_tokenizer()
+        rollouts = tuple(
+            replace(r, text=tokenizer.decode(np.concatenate([prefix, r.token_ids]).tolist(), skip_special_tokens=True))
+            for r in group.rollouts
+        )
+        return replace(group, rollouts=rollouts)
 
     def _abort_if_cancelled(self, request_ids: list[str], task: asyncio.Task[RolloutGroup]) -> None:
         if task.cancelled() and self._engine is not None:

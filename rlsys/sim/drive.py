@@ -19,6 +19,7 @@ from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Generator, Rewarder, Roles, SampleRow
 from rlsys.roles import RolloutStore as RolloutStoreProtocol
+from rlsys.segments import Strategy
 from rlsys.sim.clock import run_virtually
 from rlsys.sim.roles import INSTANT, MemoryStore, SimGenerator, SimLearner, SimReference, SimRewarder, Timing
 from rlsys.types import Prompt
@@ -122,6 +123,7 @@ class Simulation:
         skip: Callable[[int], bool] = lambda step: False,
         filters: Sequence[GroupFilter] = (),
         curriculum: Curriculum | None = None,
+        strategy: Strategy | None = None,
         prompts: SimPrompts = SimPrompts(),
         store: RolloutStoreProtocol | None = None,
     ) -> None:
@@ -144,12 +146,15 @@ class Simulation:
         async def spawn_rewarder(name: str) -> Rewarder:
             self.spawns += 1
             await asyncio.sleep(timing.spawn_s)
-            return SimRewarder(name, timing, seed + self.spawns, timeout_rate)
+            return SimRewarder(name, timing, seed + self.spawns, timeout_rate, strategy)
 
         self.store = store or RolloutStore(run_dir / "rollouts")
         self.roles = Roles(
             generators=[generator(f"generator-{i}") for i in range(config.rollout.generators)],
-            rewarders=[SimRewarder(f"rewarder-{i}", timing, seed, timeout_rate) for i in range(config.rewards.workers)],
+            rewarders=[
+                SimRewarder(f"rewarder-{i}", timing, seed, timeout_rate, strategy)
+                for i in range(config.rewards.workers)
+            ],
             learner=self.learner,
             reference=SimReference("reference", timing, seed) if with_reference else None,
             store=self.store,
@@ -162,6 +167,7 @@ class Simulation:
         self.driver = Driver(
             *(config, self.roles, self.ledger, prompts, self.tracker, run_dir, eval_prompts, filters),
             curriculum=curriculum,
+            strategy=strategy,
         )
 
     async def run(self) -> dict[str, Any]:

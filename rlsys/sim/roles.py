@@ -20,6 +20,7 @@ import numpy as np
 from rlsys.errors import EngineError, WorkerDied
 from rlsys.metrics import Mean
 from rlsys.roles import (
+    Branch,
     Generated,
     Handle,
     Probe,
@@ -32,7 +33,8 @@ from rlsys.roles import (
     TrainItem,
     UpdateReport,
 )
-from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
+from rlsys.segments import Strategy, scored
+from rlsys.types import FinishReason, Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,8 @@ class SimGenerator(_Mortal):
         first = len(self._history) - 1
         state = self._history[first][2]
         rng = random.Random(f"{state}/{prompt.seed}")
-        lengths = [rng.randint(*self._timing.lengths) for _ in range(sampling.n)]
+        wanted = [rng.randint(*self._timing.lengths) for _ in range(sampling.n)]
+        lengths = [min(length, sampling.max_new_tokens) for length in wanted]
         rate = self._timing.tokens_per_s
         key = id(rng)
         if rate:
@@ -157,7 +160,10 @@ class SimGenerator(_Mortal):
         history = self._history[first:]
         group = RolloutGroup(
             prompt,
-            tuple(_rollout(prompt, i, n, rng, _spans(history, started, rate, n)) for i, n in enumerate(lengths)),
+            tuple(
+                _rollout(prompt, i, n, rng, _spans(history, started, rate, n), "stop" if n == wanted[i] else "length")
+                for i, n in enumerate(lengths)
+            ),
             self.name,
         )
         return Generated(group_info(group), group)
@@ -172,7 +178,9 @@ def _spans(
     return tuple(VersionSpan(v, a, b) for (_, v, _), a, b in zip(history, starts, ends, strict=True) if b > a)
 
 
-def _rollout(prompt: Prompt, sample: int, n: int, rng: random.Random, spans: tuple[VersionSpan, ...]) -> Rollout:
+def _rollout(
+    prompt: Prompt, sample: int, n: int, rng: random.Random, spans: tuple[VersionSpan, ...], finish: FinishReason
+) -> Rollout:
     tokens = np.frombuffer(rng.randbytes(n), np.uint8).astype(np.int32)
     return Rollout(
         prompt_id=prompt.id,
@@ -181,7 +189,7 @@ def _rollout(prompt: Prompt, sample: int, n: int, rng: random.Random, spans: tup
         action_mask=np.ones(n, bool),
         behavior_logprobs=np.full(n, -1.0, np.float32),
         version_spans=spans,
-        finish_reason="stop",
+        finish_reason=finish,
         text="x" * n,
     )
 
@@ -189,16 +197,24 @@ def _rollout(prompt: Prompt, sample: int, n: int, rng: random.Random, spans: tup
 class SimRewarder(_Mortal):
     """Scores 0 or 1 by the parity of the tokens' sum; now and then a reward times out."""
 
-    def __init__(self, name: str, timing: Timing, seed: int, timeout_rate: float = 0.0) -> None:
+    def __init__(
+        self, name: str, timing: Timing, seed: int, timeout_rate: float = 0.0, strategy: Strategy | None = None
+    ) -> None:
         super().__init__(name)
         self._timing = timing
         self._rng = random.Random(f"{name}/{seed}")
         self._timeout_rate = timeout_rate
+        self._strategy = strategy
 
-    async def score(self, group: Handle) -> Scored:
-        return await self.living(self._score(group))
+    async def branch(self, rounds: Sequence[Sequence[Handle]]) -> Sequence[Branch]:
+        self.check()
+        return [] if self._strategy is None else self._strategy.branch(rounds)
 
-    async def _score(self, group: RolloutGroup) -> Scored:
+    async def score(self, rounds: Sequence[Sequence[Handle]], training: bool) -> Scored:
+        found = await self.living(scored(self._strategy if training else None, rounds, self._score))
+        return Scored(group_info(found.group, found.rewards), found)
+
+    async def _score(self, group: RolloutGroup) -> ScoredGroup:
         await pause(self._rng, self._timing.score_s)
         rewards = tuple(
             Reward("timeout", float("nan"), {}, "no answer")
@@ -206,7 +222,7 @@ class SimRewarder(_Mortal):
             else Reward("ok", float(int(r.token_ids.sum()) % 2), {"parity": float(int(r.token_ids.sum()) % 2)})
             for r in group.rollouts
         )
-        return Scored(group_info(group, rewards), ScoredGroup(group, rewards))
+        return ScoredGroup(group, rewards)
 
 
 class SimReference(_Mortal):

@@ -59,6 +59,7 @@ def random_inputs(seed: int, sizes: tuple[int, ...] = (4, 1, 3), width: int = 6)
         values=noise(),
         prompt_ids=tuple(f"prompt-{g}" for g, size in enumerate(sizes) for _ in range(size)),
         greedy=torch.cat([torch.arange(size) == 0 for size in sizes]),
+        segments=torch.cat([torch.rand(rows, width, 3, generator=generator), torch.ones(rows, width, 1)], -1),
     )
 
 
@@ -117,7 +118,7 @@ def test_no_rows(cls: type[Estimator]) -> None:
     assert cls()(replace(empty, prompt_ids=())).advantages.shape == (0, 6)
 
 
-@estimators(lambda cls: not cls.needs_values and cls.name not in WITHOUT_A_MEAN)
+@estimators(lambda cls: not (cls.needs_values or cls.needs_segments) and cls.name not in WITHOUT_A_MEAN)
 def test_equal_scores_everywhere_are_no_preference(cls: type[Estimator]) -> None:
     inputs = random_inputs(2, (4, 3))
     inputs = replace(inputs, scores=torch.where(inputs.scored, 0.1, 0.0))
@@ -127,7 +128,7 @@ def test_equal_scores_everywhere_are_no_preference(cls: type[Estimator]) -> None
 @every_estimator
 def test_padding_does_not_matter(cls: type[Estimator]) -> None:
     inputs = random_inputs(3)
-    wide = mapped(inputs, lambda _, t: torch.cat([t, t.new_zeros(len(t), 4)], 1) if t.dim() == 2 else t)
+    wide = mapped(inputs, lambda _, t: torch.cat([t, t.new_zeros(len(t), 4, *t.shape[2:])], 1) if t.dim() > 1 else t)
     out, padded = cls()(inputs), cls()(wide)
     torch.testing.assert_close(padded.advantages[:, :6], out.advantages)
     assert (padded.advantages[:, 6:] == 0).all()

@@ -52,6 +52,7 @@ def test_describe_by_hand() -> None:
     assert info.needs == ("reference", "values")
     assert [part.key for part in info.parts] == [
         "curriculum",
+        "rollout",
         "combine",
         "advantage",
         "loss",
@@ -59,7 +60,7 @@ def test_describe_by_hand() -> None:
         "regularize",
         "aggregate",
     ]
-    gae = info.parts[2]
+    gae = info.parts[3]
     assert [(option.name, option.type, option.default) for option in gae.options] == [
         ("gamma", "float", 1.0),
         ("lam", "float", 0.95),
@@ -69,9 +70,9 @@ def test_describe_by_hand() -> None:
         ("drop_last", "int", 0),
     ]
     assert gae.equation.splitlines()[0] == "delta_t = r_t + gamma * V_{t+1} - V_t"
-    kl = info.parts[5]
+    kl = info.parts[6]
     assert ("estimator", "k1 | k2 | k3", "k3") in [(option.name, option.type, option.default) for option in kl.options]
-    ppo_clip = info.parts[3]
+    ppo_clip = info.parts[4]
     assert ("dual_clip", "float or null", None) in [(o.name, o.type, o.default) for o in ppo_clip.options]
 
 

@@ -48,6 +48,7 @@ def test_grpo_by_default() -> None:
     assert compose().resolved() == {
         "preset": "grpo",
         "curriculum": {"name": "in-order"},
+        "rollout": {"name": "plain"},
         "combine": {"name": "weighted-sum"},
         "advantage": {"name": "grpo", "std": True, "eps": 1e-6, "shift": 0.0},
         "adjust": [],

@@ -50,7 +50,16 @@ def sample(logits: Tensor, rng: np.random.Generator, start: Tensor, step: int) -
         finished_B=np.ones(rows, dtype=bool),
         expert_B=expert,
         greedy_B=greedy,
+        segments_BTF=segments(tokens, float(probabilities[0])),
     )
+
+
+def segments(tokens: np.ndarray, p: float) -> np.ndarray:
+    """Of one token each, with exact values: the share of zeros so far, and p for every token to come."""
+    ends = np.concatenate([np.zeros((len(tokens), 1)), (tokens == 0).cumsum(1)], 1)
+    values = (ends + p * (TOKENS - np.arange(TOKENS + 1))) / TOKENS
+    rest = np.full(tokens.shape, 0.5), np.ones(tokens.shape)
+    return np.stack([values[:, :-1], values[:, 1:], *rest], -1).astype(np.float32)
 
 
 def entropy_of(logits: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def test_an_update_of_a_lost_generator_says_nothing_of_its_successor(tmp_path: P
 
 def test_what_a_reward_worker_refuses_ends_the_run(tmp_path: Path) -> None:
     class Strict(SimRewarder):
-        async def score(self, group: Any) -> Any:
+        async def score(self, rounds: Any, training: bool) -> Any:
             raise RewardError("parity raised ZeroDivisionError on sim/0#1")
 
     def act(simulation: Simulation) -> None:

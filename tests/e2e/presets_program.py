@@ -12,10 +12,11 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from typing import Any
 
 from rlsys.algorithms import describe
-from rlsys.algorithms.compose import Algorithm
+from rlsys.algorithms.compose import Algorithm, bound_strategy
 from rlsys.algorithms.presets import presets
 from rlsys.config.models import Config
 from rlsys.driver.drawing import Drawing
@@ -27,8 +28,10 @@ from rlsys.models.loading import load_tokenizer
 from rlsys.prompts.stream import PromptStream
 from rlsys.reference.server import ReferenceServer
 from rlsys.rewards.worker import RewardWorker
+from rlsys.roles import Branch, Sampling
 from rlsys.rollouts.engine import VllmGenerator
-from rlsys.types import Progress, group_info
+from rlsys.segments import scored
+from rlsys.types import Progress, RolloutGroup, group_info
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 4
 
@@ -40,6 +43,8 @@ def config(model: str, rewards: str, preset: str) -> Config:
     ]
     of_terms = "key" in describe(preset).composition["curriculum"]
     curriculum = {"key": "terms"} if of_terms else None  # the metadata that sums have
+    is_tree = describe(preset).composition["rollout"]["name"] == "tree"
+    tree = {"breadth": [2, 2], "segment_tokens": 4} if is_tree else None
     return Config.model_validate(
         {
             "run": {"steps": STEPS},
@@ -51,7 +56,7 @@ def config(model: str, rewards: str, preset: str) -> Config:
                 "engine": {"kv_cache_gib": 0.05, "threads": 1},
             },
             "rewards": {"functions": functions},
-            "algorithm": {"preset": preset, "minibatches": 1, "curriculum": curriculum},
+            "algorithm": {"preset": preset, "minibatches": 1, "curriculum": curriculum, "rollout": tree},
             "learner": {"threads": 1, "optimizer": {"learning_rate": 1e-3}},
         }
     )
@@ -77,6 +82,12 @@ async def main(model: str, rewards: str) -> None:
         await generator.close()
 
 
+async def sample(generator: VllmGenerator, branch: Branch, base: Sampling) -> RolloutGroup:
+    sampling = replace(base, n=branch.n, max_new_tokens=branch.max_new_tokens)
+    [answer] = await generator.generate([branch.prompt], sampling)
+    return await answer
+
+
 async def run(
     settings: Config,
     model: str,
@@ -91,7 +102,8 @@ async def run(
     rank = LearnerRank(settings, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
     try:
         first = rank.learner.version = generator.version
-        sampling = training_sampling(settings, algorithm.needs.greedy, algorithm.needs.expert)
+        strategy = bound_strategy(algorithm, settings, model)
+        sampling = strategy.first(training_sampling(settings, algorithm.needs.greedy, algorithm.needs.expert))
         drawing = Drawing(stream, algorithm.curriculum, sampling, seed=0)
         for step in range(STEPS + 1):
             weights = rank.publish()
@@ -103,9 +115,15 @@ async def run(
                 drawing.judged(PROMPTS, rank.prompt_values(drawing.candidates(PROMPTS)))
             prompts = drawing.draw(PROMPTS, Progress(step, STEPS))
             answers = [(await generator.generate([p], drawing.sampling(p.index)))[0] for p in prompts]
-            groups = [await worker.score(await answer) for answer in answers]
-            scored = [reference.logprobs(group) for group in groups] if algorithm.needs.reference else None
-            report = rank.step(groups, scored)
+            groups = []
+            for answer, prompt in zip(answers, prompts, strict=True):
+                rounds = [[await answer]]
+                while branches := strategy.branch(rounds):
+                    base = drawing.sampling(prompt.index)
+                    rounds.append([await sample(generator, branch, base) for branch in branches])
+                groups.append(await scored(strategy, rounds, worker.score))
+            logprobs = [reference.logprobs(group) for group in groups] if algorithm.needs.reference else None
+            report = rank.step(groups, logprobs)
             assert report.version == first + step + 1
             logged = reduce(report.metrics)
             infos = [group_info(group.group, group.rewards) for group in groups]

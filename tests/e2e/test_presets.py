@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 REWARDS = '''
 def correct(response: str, answer: str) -> float:
     """Something that an untrained model gets right about half of the time."""
-    return float(sum(map(ord, response[:1])) % 2)
+    return float(sum(map(ord, response)) % 2)
 
 
 def difficulty(response: str, answer: str) -> float:

@@ -40,7 +40,7 @@ async def start():
 async def test_the_driver_gets_the_facts_and_a_reference(group, start):
     rewarder = await start()
     given = group("22,45", "46", answer="45", row=4)
-    scored = await rewarder.score(ray.put(given))
+    scored = await rewarder.score([[ray.put(given)]], training=False)
     assert (rewarder.name, scored.info.prompt_id, scored.info.index) == ("rewards-0", "sums/4@0", 4)
     assert scored.info.scores == (1.0, 0.0)
     assert scored.info.reward_statuses == ("ok", "ok")
@@ -57,7 +57,7 @@ async def test_errors_keep_their_type(group, start, user_config):
         await start(RewardsConfig.model_validate(bad))
     rewarder = await start(user_config("raises", on_failure="stop"))
     with pytest.raises(RewardError, match=r"^rewards.on_failure is stop, and scoring sums/0@0#0 failed"):
-        await rewarder.score(ray.put(group("a")))
+        await rewarder.score([[ray.put(group("a"))]], training=False)
 
 
 async def test_functions_are_found_from_the_drivers_directory(group, start, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ async def test_functions_are_found_from_the_drivers_directory(group, start, tmp_
         rewarder = await start(
             RewardsConfig.model_validate({"functions": [{"name": "mine", "kind": "python", "path": path}]})
         )
-        assert (await rewarder.score(ray.put(group("abc")))).info.scores == (3.0,)
+        assert (await rewarder.score([[ray.put(group("abc"))]], training=False)).info.scores == (3.0,)
 
 
 async def test_a_dead_worker_is_named_and_leaves_no_process(group, start, user_config, wait_until_gone, tmp_path):
@@ -76,10 +76,10 @@ async def test_a_dead_worker_is_named_and_leaves_no_process(group, start, user_c
     file.write_text("import os\ndef score(): return os.getpid()")
     functions = [{"name": "mine", "kind": "python", "path": f"{file}:score"}]
     rewarder = await start(RewardsConfig.model_validate({"functions": functions}))
-    child = int((await rewarder.score(ray.put(group("a")))).info.scores[0])
+    child = int((await rewarder.score([[ray.put(group("a"))]], training=False)).info.scores[0])
     ray.kill(rewarder.actor)
     with pytest.raises(WorkerDied, match="rewards-0 died") as died:
-        await rewarder.score(ray.put(group("a")))
+        await rewarder.score([[ray.put(group("a"))]], training=False)
     assert died.value.worker == "rewards-0"
     assert wait_until_gone(child, 20)
 
@@ -89,7 +89,7 @@ async def test_closing_leaves_no_process(group, start, wait_until_gone, tmp_path
     file.write_text("import os\ndef score(): return os.getpid()")
     functions = [{"name": "mine", "kind": "python", "path": f"{file}:score"}]
     rewarder = await start(RewardsConfig.model_validate({"functions": functions}))
-    child = int((await rewarder.score(ray.put(group("a")))).info.scores[0])
+    child = int((await rewarder.score([[ray.put(group("a"))]], training=False)).info.scores[0])
     await rewarder.close()
     assert wait_until_gone(child, 20)
     await rewarder.close()  # closing twice does no harm

@@ -1,0 +1,1 @@
+"""Where a response is cut: one rule per file."""

@@ -1,0 +1,1 @@
+"""How a prompt is rolled out: one strategy per file."""
