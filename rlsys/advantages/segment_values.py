@@ -47,7 +47,7 @@ class SegmentValues(Estimator):
         mask = valued & (advantages != 0) if self.discard_zero else valued
         count = float(inputs.mask.sum())
         metrics: dict[str, Metric] = {
-            "segments/tokens_without_value": Mean(count - float(valued.sum()), count),
+            "segments/tokens_left_out": Mean(count - float(valued.sum()), count),
             "segments/tokens_discarded": Sum(float(valued.sum() - mask.sum())),
             "segments/value_start": Mean(float(start[valued].sum()), float(valued.sum())),
             "segments/advantage_size": Mean(float(advantages.abs().sum()), float(valued.sum())),

@@ -109,7 +109,7 @@ def test_the_published_rule_by_hand() -> None:
     assert step.rollouts.mask_BT.tolist() == [[e != 0 for e in expected]], "surer tokens, and those without a value"
     np.testing.assert_allclose(step.loss_weights_BT, [[0.2 * (e != 0) for e in expected]], rtol=1e-6)
     found = reduce(metrics)
-    assert found["segments/tokens_without_value"] == pytest.approx(2 / 10)
+    assert found["segments/tokens_left_out"] == pytest.approx(2 / 10)
     assert found["segments/tokens_too_sure"] == pytest.approx(3 / 8)
 
 

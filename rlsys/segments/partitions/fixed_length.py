@@ -14,7 +14,9 @@ from rlsys.types import Rollout
 class FixedLength(Partition):
     """Segments of so many tokens, the last one shorter::
 
-    cuts: 0, tokens, 2 * tokens, ...
+        cuts: 0, tokens, 2 * tokens, ...
+
+    The distances of SPO-tree's first levels, for a chain.
     """
 
     name = "fixed-length"

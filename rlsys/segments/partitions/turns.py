@@ -15,7 +15,9 @@ from rlsys.types import Rollout
 class Turns(Partition):
     """At the first token of every turn of the policy, after what a tool or an environment has put in::
 
-    cuts: t where action_mask_t and not action_mask_{t-1}
+        cuts: t where action_mask_t and not action_mask_{t-1}
+
+    One segment is then what the policy said, and what it was answered.
     """
 
     name = "turns"
