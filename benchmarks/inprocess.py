@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlsys.algorithms.compose import Algorithm
+from rlsys.algorithms.compose import Algorithm, bound_strategy
 from rlsys.config.models import Config
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
@@ -147,6 +147,7 @@ class Reference(_Threaded):
 
 def roles(config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerator, worker: RewardWorker) -> Roles:
     """Those of one run; close its learner afterwards."""
+    bound_strategy(algorithm, config, model)
     store = open_rendezvous("127.0.0.1", 60.0)
     rank = LearnerRank(config, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
 

@@ -70,6 +70,13 @@ def config(case: Case, seed: int) -> Config:
     preset = presets()[case.preset]
     samples = int(preset.settings.get("rollout.samples_per_prompt", SAMPLES))
     samples = samples if samples in (0, 1) else SAMPLES
+    small: dict[str, dict[str, Any]] = {  # of what is meant for long responses
+        "tree": {"breadth": [2, 2, 2], "segment_tokens": 4},
+        "budgets": {"budgets": [4, 8], "summaries": 2, "summary_tokens": 8},
+        "windows": {"tokens": 12},
+    }
+    rollout = small.get(describe(case.preset).composition["rollout"]["name"])
+    advantage = {"drop_last": 1} if case.preset == "t-ppo" else None
     curriculum = {"key": "terms"} if "key" in describe(case.preset).composition["curriculum"] else None
     sections: dict[str, Any] = {
         "run": {"name": "learning", "seed": seed, "steps": STEPS},
@@ -85,7 +92,7 @@ def config(case: Case, seed: int) -> Config:
                 {"name": "difficulty", "kind": "python", "path": f"{REWARDS}:steps", "weight": 0.0},
             ]
         },
-        "algorithm": {"preset": case.preset, "curriculum": curriculum},
+        "algorithm": {"preset": case.preset, "curriculum": curriculum, "rollout": rollout, "advantage": advantage},
         "learner": {
             "threads": 1,
             "micro_batch_tokens": 4096,
@@ -155,6 +162,7 @@ async def run(case: Case, seed: int, model: Path, engine: Any, worker: Any) -> d
             driver = Driver(
                 *(settings, parts, ledger, stream, tracker, Path(directory), held_out, algorithm.filters),
                 curriculum=algorithm.curriculum,
+                strategy=algorithm.rollout,
                 with_greedy=algorithm.needs.greedy,
                 with_expert=algorithm.needs.expert,
             )

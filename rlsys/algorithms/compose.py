@@ -458,8 +458,7 @@ class Algorithm:
 
 def bound_strategy(algorithm: Algorithm, config: Config, model_path: str | Path) -> Strategy:
     """The strategy with what it has to know of the config. Raises ConfigError for what cannot fit."""
-    pieces = TokenTexts(str(model_path)) if algorithm.partition.needs_text else None
-    algorithm.rollout.bind(algorithm.partition, config.rollout.max_new_tokens, pieces)
+    algorithm.rollout.bind(algorithm.partition, config.rollout.max_new_tokens, TokenTexts(str(model_path)))
     return algorithm.rollout
 
 
@@ -471,9 +470,17 @@ class TokenTexts:
         self._tokenizer: Any = None
 
     def __call__(self, token_ids: np.ndarray) -> list[str]:
+        return [self._loaded.decode([int(token)], skip_special_tokens=True) for token in token_ids]
+
+    def encode(self, text: str) -> list[int]:
+        found: list[int] = self._loaded.encode(text, add_special_tokens=False)
+        return found
+
+    @property
+    def _loaded(self) -> Any:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._model_path)
-        return [self._tokenizer.decode([int(token)], skip_special_tokens=True) for token in token_ids]
+        return self._tokenizer
 
 
 def _part(kind: str, config: PartConfig, place: int | None = None) -> Any:

@@ -60,7 +60,8 @@ def check_config(config: Config) -> Checked:
     stream = PromptStream.from_config(config.prompts.train, config.prompts, tokenizer, room, config.run.seed)
     rows = min(stream.size or _ROWS_LOOKED_AT, _ROWS_LOOKED_AT)
     longest = max(len(stream.draw(i).token_ids) for i in range(rows))
-    if algorithm.needs.expert and stream.draw(0).demonstration is None:
+    demonstrated = algorithm.needs.expert or algorithm.rollout.needs_demonstration
+    if demonstrated and stream.draw(0).demonstration is None:
         raise ConfigError(
             f"algorithm: {config.algorithm.preset!r} learns from demonstrations, and prompts.train has none: name "
             "their key in prompts.train.demonstration_key (of a jsonl or huggingface source), or use the built-in sums"
@@ -72,7 +73,7 @@ def check_config(config: Config) -> Checked:
             "gives one twice: use a source of so many rows (jsonl, huggingface), or another curriculum"
         )
     curriculum.bind(stream, config.run.seed, config.rollout.samples_per_prompt)
-    bound_strategy(algorithm, config, config.model.path or "")
+    strategy = bound_strategy(algorithm, config, config.model.path or "")
     tasks = {config.prompts.train.task}
     held_out = None
     if config.prompts.eval is not None:
@@ -93,6 +94,7 @@ def check_config(config: Config) -> Checked:
         train_rows=stream.size,
         eval_prompts=held_out,
         longest_prompt=longest,
+        sampled_tokens=strategy.expected_tokens(config.rollout.samples_per_prompt) if strategy.branches else None,
         model=model_size(config),
     )
     plan = make_plan(config, facts, machine)

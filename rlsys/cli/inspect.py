@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,21 @@ from rlsys.trackers.jsonl import EVALS, METRICS, read_rows
 _LATEST_STEPS = 10
 
 
-def inspect(run_dir: Path, prompt: str | None) -> None:
-    """Print the run, or the story of `prompt`. Raises RunDirError or DataError for what is not there."""
+def inspect(run_dir: Path, prompt: str | None, html: Path | None = None) -> None:
+    """Print the run, or the story of `prompt`, and write the same to the page `html`.
+
+    Raises RunDirError or DataError for what is not there.
+    """
     if not run_dir.is_dir():
         raise RunDirError(f"{run_dir}: no such run directory")
-    console = Console(highlight=False)
+    console = Console(highlight=False, record=html is not None)
     if prompt is None:
         _print_run(console, run_dir, read_run(run_dir))
     else:
-        _print_story(console, read_story(run_dir, prompt))
+        _print_story(console, run_dir, read_story(run_dir, prompt))
+    if html is not None:
+        console.save_html(str(html))
+        console.print(f"written to {html}")
 
 
 def _print_run(console: Console, run_dir: Path, story: RunStory) -> None:
@@ -63,7 +69,7 @@ def _print_run(console: Console, run_dir: Path, story: RunStory) -> None:
         console.print(f"\nThe story of one prompt: rlsys inspect {run_dir} {story.first_prompts[0]}", soft_wrap=True)
 
 
-def _print_story(console: Console, story: PromptStory) -> None:
+def _print_story(console: Console, run_dir: Path, story: PromptStory) -> None:
     prompt = story.prompt
     fate = {
         "trained": f"trained at step {prompt['step']}",
@@ -86,6 +92,43 @@ def _print_story(console: Console, story: PromptStory) -> None:
         reward = row["reward_status"] + (f": {row['reward_detail']}" if row["reward_detail"] else "")
         table.add_row(str(row["sample"]), score, Text(reward), spans, row["finish_reason"], Text(repr(row["text"])))
     console.print(table)
+    if any(row["segments"] for row in story.rollouts):
+        _print_segments(console, run_dir, story)
+
+
+def _print_segments(console: Console, run_dir: Path, story: PromptStory) -> None:
+    """Every response coloured by how much better (green) or worse (red) one stood after each segment than before."""
+    decode = _decoder(run_dir)
+    table = _table("Segments: values at their ends, by the difference", "sample", "response")
+    table.columns[-1].justify = "left"
+    for row in story.rollouts:
+        line = Text()
+        for segment in row["segments"]:
+            ids = row["token_ids"][segment["start"] : segment["end"]]
+            start, end = segment["start_value"], segment["end_value"]
+            known = start is not None and end is not None
+            line.append(decode(ids), style=_colour(end - start) if known else "dim")
+            line.append(f" {end - start:+.2f} " if known else " ", style="dim")
+        table.add_row(str(row["sample"]), line)
+    console.print(table)
+
+
+def _colour(advantage: float) -> str:
+    """From white to green, or to red, at a difference of 1."""
+    rest = 255 - round(min(1.0, abs(advantage)) * 175)
+    red, green = (rest, 255) if advantage > 0 else (255, rest)
+    return f"black on rgb({red if advantage else 255},{green if advantage else 255},{rest})"
+
+
+def _decoder(run_dir: Path) -> Callable[[list[int]], str]:
+    """By the tokenizer of the newest checkpoint; the number of tokens where there is none yet."""
+    folders = sorted(run_dir.glob("checkpoints/step-*/learner/hf/tokenizer_config.json"))
+    if not folders:
+        return lambda ids: f"[{len(ids)} tokens]"
+    from rlsys.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folders[-1].parent)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _event_line(event: Event) -> str:

@@ -71,10 +71,11 @@ def algorithms(
 def inspect(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The id of a prompt.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to a page, too.")] = None,
 ) -> None:
     from rlsys.cli.inspect import inspect as run
 
-    run(run_dir, prompt)
+    run(run_dir, prompt, html)
 
 
 def _checked_path(config: Path) -> Path:

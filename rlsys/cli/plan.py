@@ -59,6 +59,12 @@ def _arithmetic(plan: Plan) -> Table:
         "micro-batches",
         f"at most {plan.micro_batches_per_rank:,} per rank and update, of {plan.rows_per_micro_batch:,} rollouts",
     )
+    if plan.sampled_per_step > plan.response_tokens_per_step:
+        row(
+            "sampled per step",
+            f"up to about {plan.sampled_per_step:,.0f} tokens, branches included "
+            f"({plan.sampled_per_step / plan.prompts_per_step:,.0f} a prompt)",
+        )
     row("the run", f"{plan.steps:,} steps, {plan.updates:,} updates, {plan.rollouts:,} rollouts")
     if plan.steps_per_epoch is None or plan.epochs_of_data is None:
         row("training data", "endless, every problem is fresh")

@@ -277,7 +277,11 @@ class LearnerConfig(Strict):
     ranks: PositiveInt = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 2 and 3, GPU profile).")
-    packing: Literal["padded", "packed"] = Field("padded", description="padded: rows of like length together.")
+    packing: Literal["auto", "padded", "packed", "shared"] = Field(
+        "auto",
+        description="padded: rows of like length together; packed: without padding; shared: what rows begin with in "
+        "common once; auto: shared where that is at most half of the tokens, else padded.",
+    )
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one forward pass of a rank, padding included.")
     logprob_chunk: PositiveInt = Field(4096, description="Tokens whose logits are held at once.")
     gradient_checkpointing: bool = False

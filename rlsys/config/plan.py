@@ -56,6 +56,7 @@ class Facts:
     train_rows: int | None = None  # None: endless
     eval_prompts: int | None = None  # held-out problems there are, at most eval.prompts
     longest_prompt: int | None = None  # tokens, of the rows looked at
+    sampled_tokens: float | None = None  # about, for one prompt, where it is more than its samples
     model: ModelSize | None = None
 
 
@@ -80,6 +81,7 @@ class Plan:
     row_tokens: int  # at most, prompt and response
     response_tokens_per_step: int  # at most
     tokens_per_step: int  # at most, prompts and responses
+    sampled_per_step: float  # about; response tokens, with branches
     epochs: int
     minibatches: int
     updates_per_step: int
@@ -152,6 +154,7 @@ def make_plan(config: Config, facts: Facts, machine: Machine) -> Plan:
         row_tokens=row_tokens,
         response_tokens_per_step=rollouts * rollout.max_new_tokens,
         tokens_per_step=rollouts * row_tokens,
+        sampled_per_step=prompts * (facts.sampled_tokens or samples * rollout.max_new_tokens),
         epochs=facts.epochs,
         minibatches=facts.minibatches,
         updates_per_step=facts.epochs * facts.minibatches,

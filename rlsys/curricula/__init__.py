@@ -36,6 +36,8 @@ class Choice:
     epoch: str
     samples: int | None = None  # instead of rollout.samples_per_prompt
     temperature: float | None = None  # instead of rollout.temperature: the group is then an explored one
+    prefix: tuple[int, ...] = ()  # tokens of a response that an earlier step has begun
+    max_new_tokens: int | None = None  # instead of rollout.max_new_tokens
 
 
 class Rows(Protocol):

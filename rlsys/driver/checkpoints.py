@@ -33,7 +33,7 @@ class Manifest:
 
     `position` is the ledger's at the end of that step; `next_index` the next prompt that would have been drawn;
     `buffered` the prompts that were complete and waiting; `totals` the sums for the summary;
-    `curriculum` the memory of what chooses the prompts.
+    `drawing` the memory of what chooses the prompts.
     """
 
     version: int
@@ -43,7 +43,7 @@ class Manifest:
     seed: int
     config: str
     totals: Mapping[str, Any]
-    curriculum: Mapping[str, Any]
+    drawing: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from rlsys.curricula import Choice, Curriculum, Rows, Seen
 from rlsys.driver.recovery import Plan
-from rlsys.roles import PromptReport, Sampling, StepReport
+from rlsys.roles import Branch, PromptReport, Sampling, StepReport
+from rlsys.segments import with_prefix
 from rlsys.types import GroupInfo, Progress, Prompt
 
 
@@ -20,7 +23,9 @@ class PromptStream(Rows, Protocol):
 
 
 class Drawing:
-    """Prompts by index: those that have to be drawn again first, then new ones as the curriculum chooses."""
+    """Prompts by index: first those to be drawn again, then responses that were begun in an earlier step, then
+    new ones as the curriculum chooses.
+    """
 
     def __init__(self, prompts: PromptStream, curriculum: Curriculum, sampling: Sampling, seed: int) -> None:
         self.next_index = 0
@@ -28,16 +33,46 @@ class Drawing:
         self._prompts = prompts
         self._sampling = sampling
         self._redraw: deque[int] = deque()
+        self._carried: list[tuple[int, Choice]] = []  # responses that are to go on, and the draw that began them
         self._choices: dict[int, Choice] = {}  # of prompts without a fate
         self._seen: list[Seen] = []  # since the last step
         curriculum.bind(prompts, seed, sampling.n)
 
+    def state_dict(self) -> dict[str, Any]:
+        carried = [[index, _plain(choice)] for index, choice in self._carried]
+        return {"curriculum": self.curriculum.state_dict(), "carried": carried}
+
     def resume(self, plan: Plan, memory: Mapping[str, Any]) -> None:
-        """Go on as a run was recovered; `memory` is the curriculum's in the checkpoint."""
+        """Go on as a run was recovered; `memory` is what `state_dict` gave for the checkpoint."""
         self._redraw, self.next_index = deque(plan.redraw), plan.next_index
-        self._choices = {index: Choice(**choice) for index, choice in plan.choices.items()}
+        self._choices = {index: _choice(choice) for index, choice in plan.choices.items()}
         if memory:
-            self.curriculum.load_state_dict(memory)
+            self.curriculum.load_state_dict(memory["curriculum"])
+            known = {(choice.row, choice.epoch) for choice in self._choices.values()}
+            carried = [(index, _choice(plain)) for index, plain in memory["carried"]]
+            # Not those that were drawn since, nor what is begun anew.
+            self._carried = [
+                (index, choice)
+                for index, choice in carried
+                if (choice.row, choice.epoch) not in known and index not in plan.redraw
+            ]
+
+    def carry(self, index: int, branches: Sequence[Branch]) -> None:
+        """Have what draw `index` has begun go on in later draws, before new prompts."""
+        choice = self._choices[index]
+        for branch in branches:
+            prompt = branch.prompt
+            prefix = prompt.token_ids[len(prompt.token_ids) - prompt.prefix_tokens :]
+            sample = prompt.id.rpartition("/")[2]
+            goes_on = replace(
+                choice,
+                epoch=f"{choice.epoch}/{sample}",
+                samples=branch.n,
+                prefix=tuple(prefix.tolist()),
+                max_new_tokens=branch.max_new_tokens,
+            )
+            self._carried.append((index, goes_on))
+        self._carried.sort(key=lambda entry: (entry[0], entry[1].epoch))  # not by who was ready first
 
     def candidates(self, count: int) -> list[Prompt]:
         """Prompts that the next new draws may be of, for the critic to judge; none where nobody asks for that."""
@@ -51,24 +86,29 @@ class Drawing:
 
     def draw(self, count: int, progress: Progress) -> list[Prompt]:
         again = [self._redraw.popleft() for _ in range(min(count, len(self._redraw)))]
-        new = range(self.next_index, self.next_index + count - len(again))
+        going_on = range(self.next_index, self.next_index + min(count - len(again), len(self._carried)))
+        self._choices |= {index: self._carried.pop(0)[1] for index in going_on}
+        new = range(going_on.stop, self.next_index + count - len(again))
         self.next_index = new.stop
         if new:
             self._choices |= zip(new, self.curriculum.choose(new, progress), strict=True)
-        return [self.again(index) for index in (*again, *new)]
+        return [self.again(index) for index in (*again, *going_on, *new)]
 
     def again(self, index: int) -> Prompt:
         """The prompt of a draw that has no fate yet."""
         choice = self._choices[index]
-        return self._prompts.draw(index, choice.row, choice.epoch)
+        prompt = self._prompts.draw(index, choice.row, choice.epoch)
+        return with_prefix(prompt, np.array(choice.prefix, np.int32)) if choice.prefix else prompt
 
     def choice(self, index: int) -> dict[str, Any]:
         """What the ledger is to know of it."""
-        return {key: value for key, value in asdict(self._choices[index]).items() if value is not None}
+        return _plain(self._choices[index])
 
     def sampling(self, index: int) -> Sampling:
         choice = self._choices[index]
         sampling = self._sampling if choice.samples is None else replace(self._sampling, n=choice.samples)
+        if choice.max_new_tokens is not None:
+            sampling = replace(sampling, max_new_tokens=choice.max_new_tokens)
         if choice.temperature is None:
             return sampling
         hotter = choice.temperature > sampling.temperature
@@ -87,3 +127,12 @@ class Drawing:
             self.ended(info.index, info, report.prompts.get(info.prompt_id))
         seen, self._seen = sorted(self._seen, key=lambda seen: seen.info.index), []
         return self.curriculum.observe(seen, metrics)
+
+
+def _plain(choice: Choice) -> dict[str, Any]:
+    """For JSON, without what is as ever."""
+    return {key: value for key, value in asdict(choice).items() if value is not None and value != ()}
+
+
+def _choice(plain: Mapping[str, Any]) -> Choice:
+    return Choice(**{**plain, "prefix": tuple(plain.get("prefix", ()))})

@@ -48,7 +48,7 @@ from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPoo
 from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, SegmentError, WorkerDied
 from rlsys.ledger.ledger import Ledger
 from rlsys.metrics import reduce
-from rlsys.roles import Generated, Handle, Reference, Roles, Scored, StepReport, Tracker, TrainItem
+from rlsys.roles import Branch, Generated, Handle, Reference, Roles, Scored, StepReport, Tracker, TrainItem
 from rlsys.segments import Strategy
 from rlsys.types import GroupInfo, Progress, Prompt
 
@@ -180,6 +180,8 @@ class Driver:
         while True:
             await self.bell.until(lambda: self._slots() > 0, "an open slot of the staleness gate")
             prompts = self.drawing.draw(self._slots(), Progress(self.step, self.steps))
+            if self.strategy is not None:
+                prompts = [self.strategy.start(prompt) for prompt in prompts]
             self.gate.start(len(prompts))
             for prompt in prompts:
                 self.ledger.drawn(prompt, self.drawing.choice(prompt.index))
@@ -203,7 +205,7 @@ class Driver:
         self.recorder.generated(info)
         self.ledger.sampled(info)
         try:
-            rounds = await self._branch(prompt, generated)
+            rounds, later = await self._branch(prompt, generated)
             [scoring] = self.rewarders.submit([Rounds(rounds, training=True)])
             scored, rewarder = await scoring
         except SegmentError as error:
@@ -212,6 +214,7 @@ class Driver:
             return await self._drop(prompt, f"rewards failed: {error}", info)
         self.ledger.scored(scored.info, rewarder)
         await self._store(self.roles.store.buffered(scored.payload))
+        self.drawing.carry(prompt.index, later)
         await self._buffer(prompt, scored)
 
     async def consume(self) -> None:
@@ -240,14 +243,19 @@ class Driver:
         slots, most = self.gate.open_slots(), self.config.driver.max_groups_in_flight
         return slots if most is None else max(0, min(slots, most - self.buffer.under_way))
 
-    async def _branch(self, prompt: Prompt, generated: Generated) -> list[list[Handle]]:
-        """Sample on from what there is, round by round, for as long as the strategy asks for more."""
+    async def _branch(self, prompt: Prompt, generated: Generated) -> tuple[list[list[Handle]], Sequence[Branch]]:
+        """Sample on from what there is, round by round, for as long as the strategy asks for more.
+
+        Returns the rounds, and what is to go on in a later step.
+        """
         rounds = [[generated.payload]]
-        while self.strategy is not None and self.strategy.branches:
+        while self.strategy is not None and (self.strategy.branches or self.strategy.defers):
             [asked] = self.rewarders.submit([Rounds(rounds, training=True, branch=True)])
             branches, _ = await asked
             if not branches:
                 break
+            if self.strategy.defers:
+                return rounds, branches
             base = self.drawing.sampling(prompt.index)
             requests = [
                 Request(b.prompt, replace(base, n=b.n, max_new_tokens=b.max_new_tokens), training=True, root=prompt.id)
@@ -259,7 +267,7 @@ class Driver:
             for info in infos:
                 self.recorder.generated(info)
             rounds.append([found.payload for found, _ in answers])
-        return rounds
+        return rounds, ()
 
     async def _buffer(self, prompt: Prompt, scored: Scored) -> None:
         """A scored group that is on disk: filter it, have the reference score it, let the learner have it."""
@@ -396,7 +404,7 @@ class Driver:
             seed=self.config.run.seed,
             config=config_hash(self.config),
             totals=self.recorder.snapshot(),
-            curriculum=self.drawing.curriculum.state_dict(),
+            drawing=self.drawing.state_dict(),
         )
         await self._learner(self.roles.learner.save(directory), "save a checkpoint")
         if self._moving is not None:
@@ -436,7 +444,7 @@ class Driver:
         if used:
             self.tracker.resumed(self.step)
         self._position = self.ledger.position
-        self.drawing.resume(plan, {} if checkpoint is None else checkpoint.manifest.curriculum)
+        self.drawing.resume(plan, {} if checkpoint is None else checkpoint.manifest.drawing)
         self.gate = StalenessGate(self.batch, self.bound, self.steps * self.batch, self.step, self.step * self.batch)
         self.generators.open()
         self.rewarders.open()

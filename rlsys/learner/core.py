@@ -31,8 +31,12 @@ from rlsys.losses.measure import token_max, token_means
 from rlsys.losses.value import value_loss
 from rlsys.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_causal_lm, torch_dtype
-from rlsys.models.logprobs import PolicyModel, ValueModel
+from rlsys.models.logprobs import Packing, PolicyModel, ValueModel
+from rlsys.models.prefixes import shared_order, split_shared
 from rlsys.types import Progress, RolloutBatch, TrainBatch
+
+# Where the different tokens are at most this share of all, a prefix tree with its dense mask is the faster way.
+SHARED_PAYS = 0.5
 
 
 class Objective(Protocol):
@@ -75,6 +79,7 @@ class Learner:
         optimizer = self._learner.optimizer
         self.policy = Engine(policy, policy.hf_names, optimizer, self._learner, dtype, device)
         self.critic: Engine | None = None
+        self._packing: Packing = "padded"  # of the micro-batches that were made last
         if critic is not None:
             body = load_causal_lm(model_path, dtype)
             if self._learner.gradient_checkpointing:
@@ -154,7 +159,7 @@ class Learner:
             chunk=self._learner.logprob_chunk,
             temperature=1.0,
             entropy=False,
-            packed=False,
+            packing="padded",
         )
         return list(logprobs[0].tolist())
 
@@ -281,8 +286,17 @@ class Learner:
 
     def _micro_batches(self, batch: RolloutBatch, rows: np.ndarray) -> list[list[int]]:
         """This rank's micro-batches, as many as on every other rank, the last ones maybe empty."""
-        lengths = (batch.prompt_lengths_B + batch.response_lengths_B)[rows].tolist()
-        plan = split(lengths, dist.get_world_size(), self._learner.micro_batch_tokens, self._learner.packing)
+        lengths = (batch.prompt_lengths_B + batch.response_lengths_B)[rows]
+        ranks, budget = dist.get_world_size(), self._learner.micro_batch_tokens
+        packing = self._learner.packing
+        if packing in ("auto", "shared"):
+            shared = shared_order(batch.input_ids_BL[rows], batch.prompt_lengths_B[rows], lengths)
+            if packing == "shared" or sum(shared.fresh) < SHARED_PAYS * int(lengths.sum()):
+                self._packing = "shared"
+                plan = split_shared(shared, lengths.tolist(), ranks, budget)
+                return [[int(rows[i]) for i in micro] for micro in plan[dist.get_rank()]]
+        self._packing = "packed" if packing == "packed" else "padded"
+        plan = split(lengths.tolist(), ranks, budget, self._packing)
         return [[int(rows[i]) for i in micro] for micro in plan[dist.get_rank()]]
 
     def _policy(self, rows: RolloutBatch, entropy: bool, curvature: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -295,7 +309,7 @@ class Learner:
             chunk=self._learner.logprob_chunk,
             temperature=self.config.rollout.temperature,
             entropy=entropy,
-            packed=self._learner.packing == "packed",
+            packing=self._packing,
             curvature=curvature,
         )
         return result
@@ -303,9 +317,7 @@ class Learner:
     def _values(self, rows: RolloutBatch) -> Tensor:
         assert self.critic is not None
         ids, prompts, responses = self._rows(rows)
-        values: Tensor = self.critic(
-            ids, prompts, responses, width=rows.mask_BT.shape[1], packed=self._learner.packing == "packed"
-        )
+        values: Tensor = self.critic(ids, prompts, responses, width=rows.mask_BT.shape[1], packing=self._packing)
         return values
 
     def _rows(self, rows: RolloutBatch) -> Iterator[Tensor]:

@@ -21,8 +21,7 @@ ROLLOUTS_DIR = "rollouts"
 _JSON_COLUMNS = ("lengths", "scores")
 _SHOWN = (
     "prompt", "answer", "sample", "text", "finish_reason", "score", "reward_status", "reward_detail", "version_spans",
-    "components",
-)  # fmt: skip
+    "components", "token_ids", "segments")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,29 @@
 Shapes: B rows (prompt then response, padded on the right), L their padded length, T the longest response, N all
 response tokens of the rows in row order, H hidden size, V vocabulary.
 
-Two ways to feed the rows to the backbone, with equal results:
+Three ways to feed the rows to the backbone, with equal results:
 
 - padded: one row each. Attention is causal and padding is on the right, so no real token sees it and no mask is needed.
 - packed: all rows in one, with position ids that restart; `transformers` makes the attention block-diagonal for that.
+- shared: rows of one prompt as a prefix tree, in which what they begin with in common stands once, and every token sees
+  those above it. States, log-probs and gradients of shared tokens are computed once (Liu et al. 2025, Prefix Grouper,
+  arXiv:2506.05433, for groups; here for any tree).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlsys.models.prefixes import forest
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Packing = Literal["padded", "packed", "shared"]
 
 
 def response_mask(response_lengths: Tensor, width: int) -> Tensor:
@@ -26,10 +33,34 @@ def response_mask(response_lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=response_lengths.device)[None, :] < response_lengths[:, None]
 
 
-def hidden_at_responses(
-    backbone: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, *, packed: bool
+def states(
+    backbone: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states [U, H] from which response tokens were predicted, their ids [U], and where each of the N is.
+
+    The last is int64 [N], places in U; None: they are the N themselves.
+    """
+    if packing == "shared":
+        arrays = (tensor.cpu().numpy() for tensor in (input_ids, prompt_lengths, response_lengths))
+        found = forest(*arrays)
+        device = input_ids.device
+        ids, positions, mask, before, targets, index = (
+            torch.from_numpy(array).to(device)
+            for array in (found.ids, found.positions, found.mask, found.before, found.targets, found.index)
+        )
+        output = backbone(input_ids=ids, position_ids=positions, attention_mask=mask[:, None], use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[before], targets, index
+    mask = response_mask(response_lengths, int(response_lengths.max()))
+    columns = prompt_lengths[:, None] + torch.arange(mask.shape[1], device=input_ids.device)[None, :]
+    targets = input_ids.gather(1, columns.clamp(max=input_ids.shape[1] - 1))[mask]
+    hidden = _hidden(backbone, input_ids, prompt_lengths, response_lengths, packed=packing == "packed")
+    return hidden, targets, None
+
+
+def _hidden(
+    backbone: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, packed: bool
 ) -> Tensor:
-    """Hidden states [N, H] from which each response token was predicted (those of the token before it)."""
+    """[N, H]."""
     lengths = prompt_lengths + response_lengths - 1  # the last token predicts nothing
     width = int(lengths.max())
     columns = torch.arange(width, device=input_ids.device)[None, :]
@@ -122,7 +153,7 @@ class PolicyModel(nn.Module):
         chunk: int,
         temperature: float,
         entropy: bool,
-        packed: bool,
+        packing: Packing,
         curvature: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Natural log-probs at `temperature` and entropies, float32 [B, width], 0 after each response.
@@ -131,13 +162,14 @@ class PolicyModel(nn.Module):
         [B, width, 3] of `ChunkedHead.curvature` instead, which is without a gradient.
         """
         mask = response_mask(response_lengths, width)
-        columns = prompt_lengths[:, None] + torch.arange(width, device=input_ids.device)[None, :]
-        targets = input_ids.gather(1, columns.clamp(max=input_ids.shape[1] - 1))[mask]
-        hidden = hidden_at_responses(self.backbone, input_ids, prompt_lengths, response_lengths, packed=packed)
+        hidden, targets, index = states(self.backbone, input_ids, prompt_lengths, response_lengths, packing)
         logprobs, entropies = self.head(hidden, targets, chunk=chunk, temperature=temperature, entropy=entropy)
+        if index is not None:
+            logprobs, entropies = logprobs[index], None if entropies is None else entropies[index]
         if curvature:
             with torch.no_grad():
                 found = self.head.curvature(hidden, targets, chunk=chunk, temperature=temperature)
+                found = found if index is None else found[index]
             numbers = [_scatter(column.contiguous(), mask) for column in found.unbind(-1)]
             return _scatter(logprobs, mask), torch.stack(numbers, dim=-1)
         return _scatter(logprobs, mask), None if entropies is None else _scatter(entropies, mask)
@@ -155,11 +187,12 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(
-        self, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, *, width: int, packed: bool
+        self, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, *, width: int, packing: Packing
     ) -> Tensor:
         """Value before each response token, float32 [B, width], 0 after each response."""
-        hidden = hidden_at_responses(self.backbone, input_ids, prompt_lengths, response_lengths, packed=packed)
-        return _scatter(self.head(hidden).squeeze(-1).float(), response_mask(response_lengths, width))
+        hidden, _, index = states(self.backbone, input_ids, prompt_lengths, response_lengths, packing)
+        values = self.head(hidden).squeeze(-1).float()
+        return _scatter(values if index is None else values[index], response_mask(response_lengths, width))
 
 
 def response_logprobs(
@@ -171,7 +204,7 @@ def response_logprobs(
     chunk: int = 4096,
     temperature: float = 1.0,
     entropy: bool = False,
-    packed: bool = False,
+    packing: Packing = "padded",
 ) -> tuple[Tensor, Tensor | None]:
     """`PolicyModel.forward` for a plain model, with T the longest response."""
     width = int(response_lengths.max())
@@ -183,7 +216,7 @@ def response_logprobs(
         chunk=chunk,
         temperature=temperature,
         entropy=entropy,
-        packed=packed,
+        packing=packing,
     )
     return result
 

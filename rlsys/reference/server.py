@@ -111,7 +111,7 @@ class ReferenceServer:
                 chunk=self._chunk,
                 temperature=self._temperature,
                 entropy=False,
-                packed=False,
+                packing="padded",
             )
             out += [row[:length] for row, length in zip(logprobs.cpu().numpy(), responses, strict=True)]
         return tuple(out)

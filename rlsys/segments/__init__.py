@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -28,7 +28,16 @@ from rlsys.roles import Branch, Sampling
 from rlsys.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 Rounds = Sequence[Sequence[RolloutGroup]]  # the group of the prompt itself, then the groups of each round of branches
-Pieces = Callable[[np.ndarray], list[str]]  # the text of each token
+
+
+class Pieces(Protocol):
+    """The tokenizer, as far as it is needed here."""
+
+    def __call__(self, token_ids: np.ndarray) -> list[str]:
+        """The text of each token."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 class Partition(Part):
@@ -48,7 +57,9 @@ class Strategy(Part):
     """`bind` comes first. `branches`: there is more than one round, and rollouts come with segments."""
 
     branches: ClassVar[bool] = False
+    defers: ClassVar[bool] = False  # its branches are prompts of later steps
     uses_partition: ClassVar[bool] = False
+    needs_demonstration: ClassVar[bool] = False
 
     partition: Partition
     max_new_tokens: int
@@ -57,6 +68,10 @@ class Strategy(Part):
     def bind(self, partition: Partition, max_new_tokens: int, pieces: Pieces | None = None) -> None:
         """`max_new_tokens` is rollout.max_new_tokens, of a whole response. Raises ConfigError for what cannot fit."""
         self.partition, self.max_new_tokens, self.pieces = partition, max_new_tokens, pieces
+
+    def start(self, prompt: Prompt) -> Prompt:
+        """What is sampled for a prompt that was drawn: with the beginning of a response, perhaps."""
+        return prompt
 
     def first(self, sampling: Sampling) -> Sampling:
         """The sampling of the first round."""
@@ -80,9 +95,17 @@ class Strategy(Part):
 
     # ---- for subclasses ----
 
+    def encoded(self, text: str) -> np.ndarray:
+        """Token ids, int32."""
+        if not text:
+            return np.zeros(0, np.int32)
+        assert self.pieces is not None
+        return np.array(self.pieces.encode(text), np.int32)
+
     def cut(self, rollout: Rollout) -> list[int]:
         """The partition's boundaries, checked."""
-        pieces = [] if self.pieces is None else self.pieces(rollout.token_ids)
+        wanted = self.partition.needs_text and self.pieces is not None
+        pieces = self.pieces(rollout.token_ids) if wanted and self.pieces is not None else []
         try:
             found = [int(b) for b in self.partition.boundaries(rollout, pieces)]
         except SegmentError:
@@ -110,15 +133,18 @@ async def scored(
     return strategy.assemble(rounds, found)
 
 
+def with_prefix(prompt: Prompt, prefix: np.ndarray) -> Prompt:
+    """The prompt with (more of) the beginning of a response."""
+    ids = np.concatenate([prompt.token_ids, prefix]).astype(np.int32)
+    return replace(prompt, token_ids=ids, prefix_tokens=prompt.prefix_tokens + len(prefix), demonstration=None)
+
+
 def continued(prompt: Prompt, name: str, prefix: np.ndarray) -> Prompt:
     """The prompt with the beginning of a response. Its samples have seeds of their own."""
     return replace(
-        prompt,
+        with_prefix(prompt, prefix),
         id=f"{prompt.id}/{name}",
-        token_ids=np.concatenate([prompt.token_ids, prefix]).astype(np.int32),
-        prefix_tokens=len(prefix),
         seed=(prompt.seed + 1_000_003 * (1 + hash_of(name))) % 2**62,
-        demonstration=None,
     )
 
 

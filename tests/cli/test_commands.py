@@ -13,7 +13,9 @@ import pytest
 
 from rlsys.config.loading import load_config
 from rlsys.errors import EngineError
-from rlsys.sim.drive import Simulation, sim_config
+from rlsys.segments.partitions.fixed_length import FixedLength
+from rlsys.segments.strategies.chain import Chain
+from rlsys.sim.drive import Simulation, sim_config, simulate
 from rlsys.trackers.jsonl import JsonlTracker
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +143,21 @@ def test_inspect_a_prompt_tells_its_whole_story(rlsys: Callable, run_dir: Path) 
     assert story == sorted(story)
     assert "generator-0" in done.out
     assert "0[0:" in done.out  # sampled by version 0, from its first token on
+
+
+def test_inspect_shows_the_values_of_segments(rlsys: Callable, tmp_path: Path) -> None:
+    strategy = Chain(continuations=2)
+    strategy.bind(FixedLength(tokens=8), 40)
+    config = sim_config(steps=1, batch=1, rollout={"max_new_tokens": 40})
+    simulation, _ = simulate(config, tmp_path / "run", strategy=strategy)
+    [prompt] = simulation.learner.batches[0].prompt_ids
+    page = tmp_path / "page.html"
+    done = rlsys("inspect", tmp_path / "run", prompt, "--html", page)
+    assert done.code == 0
+    assert "branched: branches" in done.out
+    assert "[8 tokens] " in done.out, "no tokenizer was saved"
+    assert "Segments: values at their ends" in page.read_text()
+    assert "background-color: #" in page.read_text()
 
 
 def test_inspect_says_what_is_not_there(rlsys: Callable, run_dir: Path, tmp_path: Path) -> None:

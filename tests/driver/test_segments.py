@@ -15,7 +15,8 @@ from rlsys.segments.partitions.fixed_length import FixedLength
 from rlsys.segments.partitions.python import Python
 from rlsys.segments.strategies.chain import Chain
 from rlsys.segments.strategies.tree import Tree
-from rlsys.sim.drive import Simulation, at, sim_config, simulate
+from rlsys.segments.strategies.windows import Windows
+from rlsys.sim.drive import SimPrompts, Simulation, at, sim_config, simulate
 from rlsys.types import ScoredGroup
 
 
@@ -82,6 +83,38 @@ def test_a_stopped_and_resumed_run_of_chains_equals_an_uninterrupted_one(tmp_pat
     simulate(config, tmp_path / "parts", lambda s: at(20.0, s.driver.stop), strategy=strategy("chain"))
     second, _ = simulate(config, tmp_path / "parts", strategy=strategy("chain"), seed=3)
     assert second.learner.state == whole.learner.state
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_unfinished_responses_go_on_in_later_steps(tmp_path: Path, bound: int) -> None:
+    """Also over a crash: what a response began with is what it goes on from."""
+    config = sim_config(steps=9, batch=3, bound=bound, rollout={"max_new_tokens": 40}, checkpoint={"every": 1})
+
+    def parts(directory: Path) -> dict[str, Any]:
+        made = Windows(tokens=12)
+        made.bind(FixedLength(), 40)
+        return {"strategy": made, "store": Keeping(directory / "rollouts"), "prompts": SimPrompts(size=50)}
+
+    def act(simulation: Simulation) -> None:
+        at(12.0, simulation.driver.stop)
+
+    whole, summary = simulate(config, tmp_path / "whole", **parts(tmp_path / "whole"))
+    assert summary["fates"]["trained"] == 27
+    groups = whole.store.groups
+    later = {i: g for i, g in groups.items() if g.prompt.prefix_tokens}
+    assert later, "some are longer than a window"
+    for prompt_id, group in later.items():
+        before, _, sample = prompt_id.rpartition("/")
+        rollout = groups[before].rollouts[int(sample)]
+        begun = groups[before].prompt.prefix_tokens + len(rollout.token_ids)
+        assert group.prompt.prefix_tokens == begun
+        assert group.prompt.token_ids[-len(rollout.token_ids) :].tolist() == rollout.token_ids.tolist()
+        assert len(group.rollouts) == 1
+        assert begun + len(group.rollouts[0].token_ids) <= 40
+    if bound == 0:
+        simulate(config, tmp_path / "parts", act, **parts(tmp_path / "parts"))
+        second, _ = simulate(config, tmp_path / "parts", **parts(tmp_path / "parts"))
+        assert second.learner.state == whole.learner.state
 
 
 def test_a_rule_that_goes_wrong_costs_the_prompt(tmp_path: Path) -> None:

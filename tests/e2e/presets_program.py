@@ -43,8 +43,16 @@ def config(model: str, rewards: str, preset: str) -> Config:
     ]
     of_terms = "key" in describe(preset).composition["curriculum"]
     curriculum = {"key": "terms"} if of_terms else None  # the metadata that sums have
-    is_tree = describe(preset).composition["rollout"]["name"] == "tree"
-    tree = {"breadth": [2, 2], "segment_tokens": 4} if is_tree else None
+    small: dict[str, dict[str, Any]] = {  # of what is meant for long responses
+        "tree": {"breadth": [2, 2], "segment_tokens": 4},
+        "budgets": {"budgets": [3, 6], "summaries": 2, "summary_tokens": 4},
+        "windows": {"tokens": 10},
+    }
+    strategy = describe(preset).composition["rollout"]["name"]
+    rollout = small.get(strategy)
+    advantage = {"drop_last": 1} if strategy == "windows" else None  # as long as a window is here
+    # A model with random weights hardly ever ends by itself, and what is cut off has no value.
+    stop = ["1", "5", "+"] if strategy in ("chain", "tree") else []
     return Config.model_validate(
         {
             "run": {"steps": STEPS},
@@ -53,10 +61,17 @@ def config(model: str, rewards: str, preset: str) -> Config:
             "rollout": {
                 "samples_per_prompt": SAMPLES,
                 "max_new_tokens": 12,
+                "stop": stop,
                 "engine": {"kv_cache_gib": 0.05, "threads": 1},
             },
             "rewards": {"functions": functions},
-            "algorithm": {"preset": preset, "minibatches": 1, "curriculum": curriculum, "rollout": tree},
+            "algorithm": {
+                "preset": preset,
+                "minibatches": 1,
+                "curriculum": curriculum,
+                "rollout": rollout,
+                "advantage": advantage,
+            },
             "learner": {"threads": 1, "optimizer": {"learning_rate": 1e-3}},
         }
     )
@@ -113,12 +128,15 @@ async def run(
                 break
             if algorithm.curriculum.needs_values:
                 drawing.judged(PROMPTS, rank.prompt_values(drawing.candidates(PROMPTS)))
-            prompts = drawing.draw(PROMPTS, Progress(step, STEPS))
+            prompts = [strategy.start(prompt) for prompt in drawing.draw(PROMPTS, Progress(step, STEPS))]
             answers = [(await generator.generate([p], drawing.sampling(p.index)))[0] for p in prompts]
             groups = []
             for answer, prompt in zip(answers, prompts, strict=True):
                 rounds = [[await answer]]
                 while branches := strategy.branch(rounds):
+                    if strategy.defers:
+                        drawing.carry(prompt.index, branches)
+                        break
                     base = drawing.sampling(prompt.index)
                     rounds.append([await sample(generator, branch, base) for branch in branches])
                 groups.append(await scored(strategy, rounds, worker.score))

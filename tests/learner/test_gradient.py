@@ -70,7 +70,7 @@ def test_the_gradient_does_not_depend_on_the_cut(
     wrong: dict[str, float] = {}
     for masked_row in (False, True):
         batch, wanted = truth(masked_row)
-        for cut, packing in itertools.product(CUTS, ["padded", "packed"]):
+        for cut, packing in itertools.product(CUTS, ["padded", "packed", "shared"]):
             world.run("configure", micro_batch_tokens=CUTS[cut], packing=packing)
             for rank, got in enumerate(world.run("gradients", batch=batch, entropy=True)):
                 relative = np.linalg.norm(flat(got) - wanted) / np.linalg.norm(wanted)

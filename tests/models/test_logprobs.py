@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,26 +45,28 @@ def full(model, rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     return logprobs, entropies
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packing", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_equal_to_full_logits(model, rows, packed: bool, chunk: int) -> None:
+def test_equal_to_full_logits(model, rows, packing: Any, chunk: int) -> None:
     wanted, wanted_entropy = full(model, rows, TEMPERATURE)
-    got, entropy = response_logprobs(model, *rows, chunk=chunk, temperature=TEMPERATURE, entropy=True, packed=packed)
+    got, entropy = response_logprobs(model, *rows, chunk=chunk, temperature=TEMPERATURE, entropy=True, packing=packing)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, wanted_entropy, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packing", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("chunk", [3, 1000])
-def test_gradients_equal_to_full_logits(model, rows, packed: bool, chunk: int) -> None:
+def test_gradients_equal_to_full_logits(model, rows, packing: Any, chunk: int) -> None:
     def gradient(logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         model.zero_grad()
         (logprobs.square().sum() + 3 * entropies.sum()).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     wanted = gradient(*full(model, rows, TEMPERATURE))
-    got = gradient(*response_logprobs(model, *rows, chunk=chunk, temperature=TEMPERATURE, entropy=True, packed=packed))
+    got = gradient(
+        *response_logprobs(model, *rows, chunk=chunk, temperature=TEMPERATURE, entropy=True, packing=packing)
+    )
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
 
@@ -88,7 +91,7 @@ def test_names_are_those_of_the_checkpoint(model) -> None:
 def test_values_start_at_zero_and_use_the_state_before_the_token(model, rows) -> None:
     critic = ValueModel(model)
     ids, prompts, responses = rows
-    arguments = {"width": int(responses.max()), "packed": False}
+    arguments = {"width": int(responses.max()), "packing": "padded"}
     assert not critic(*rows, **arguments).any()
     torch.nn.init.ones_(critic.head.weight)
     before = critic(*rows, **arguments)
@@ -98,18 +101,18 @@ def test_values_start_at_zero_and_use_the_state_before_the_token(model, rows) ->
     after = critic(changed, prompts, responses, **arguments)
     torch.testing.assert_close(before[0, :4], after[0, :4])
     assert (before[0, 4:7] != after[0, 4:7]).all()
-    torch.testing.assert_close(critic(*rows, width=arguments["width"], packed=True), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(critic(*rows, width=arguments["width"], packing="packed"), before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_curvature_is_that_of_the_output_projection(model, rows, packed: bool) -> None:
+@pytest.mark.parametrize("packing", ["padded", "packed", "shared"])
+def test_curvature_is_that_of_the_output_projection(model, rows, packing: Any) -> None:
     """|h|^2 |u|^2 is the squared norm of the gradient by the projection; the spread is from the full matrix."""
     ids, prompts, responses = rows
     policy = PolicyModel(model)
     lengths = {"width": int(responses.max()), "chunk": 3, "temperature": TEMPERATURE, "entropy": False}
     with torch.no_grad():
-        logprobs, found = policy(ids, prompts, responses, **lengths, packed=packed, curvature=True)
-        same, _ = policy(ids, prompts, responses, **lengths, packed=packed)
+        logprobs, found = policy(ids, prompts, responses, **lengths, packing=packing, curvature=True)
+        same, _ = policy(ids, prompts, responses, **lengths, packing=packing)
     torch.testing.assert_close(logprobs, same)
     assert found is not None
     assert found.shape == (*logprobs.shape, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,12 @@ from rlsys.segments.partitions.fixed_length import FixedLength
 from rlsys.segments.partitions.low_probability import LowProbability
 from rlsys.segments.partitions.python import Python
 from rlsys.segments.partitions.turns import Turns
+from rlsys.segments.strategies.budgets import Budgets
 from rlsys.segments.strategies.chain import Chain
+from rlsys.segments.strategies.reset import Reset
 from rlsys.segments.strategies.tree import Tree
-from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan
+from rlsys.segments.strategies.windows import Windows
+from rlsys.types import Demonstration, Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan
 
 PROMPT = Prompt("p/0@0", 0, np.array([90, 91], np.int32), "?", "t", None, seed=7)
 
@@ -320,6 +324,77 @@ def test_trees_give_every_sampled_token_once(seed: int) -> None:
         if r.parent is not None:
             other, place = r.parent
             assert out.rollouts[other].token_ids[:place].tolist() == r.token_ids[:place].tolist()
+
+
+# ---- windows, resets, budgets ----
+
+
+def test_what_a_window_leaves_unfinished_goes_on() -> None:
+    strategy = Windows(tokens=3)
+    strategy.bind(FixedLength(), 7)
+    assert strategy.first(Sampling(n=2, max_new_tokens=7)).max_new_tokens == 3
+    root = group(PROMPT, rollout(0, [1, 2, 3], finish="length"), rollout(1, [4, 5]))
+    (first,) = strategy.branch([[root]])
+    assert (first.n, first.max_new_tokens, first.prompt.prefix_tokens) == (1, 3, 3)
+    (second,) = strategy.branch([[group(first.prompt, rollout(0, [6, 7, 8], finish="length"))]])
+    assert second.prompt.token_ids.tolist() == [90, 91, 1, 2, 3, 6, 7, 8]
+    assert (second.max_new_tokens, second.prompt.prefix_tokens) == (1, 6), "seven tokens in all"
+    assert strategy.branch([[group(second.prompt, rollout(0, [9], finish="length"))]]) == []
+
+
+def test_resets_are_uniform_over_the_demonstration() -> None:
+    strategy = Reset()
+    strategy.bind(FixedLength(), 20)
+    shown = Demonstration("a b c d", np.array([5, 6, 7, 8, 0], np.int32))
+    started = [strategy.start(replace(PROMPT, seed=seed, demonstration=shown)) for seed in range(2000)]
+    counts = np.bincount([prompt.prefix_tokens for prompt in started])
+    assert len(counts) == 4
+    assert abs(counts / 2000 - 0.25).max() < 0.04
+    assert all(p.token_ids.tolist() == [90, 91, *[5, 6, 7, 8][: p.prefix_tokens]] for p in started)
+    assert {p.id for p in started} == {PROMPT.id}
+    never = Reset(probability=0.0)
+    never.bind(FixedLength(), 20)
+    assert never.start(replace(PROMPT, demonstration=shown)).prefix_tokens == 0
+
+
+def test_budgets_by_hand() -> None:
+    """Two traces, two budgets: the second trace ends by itself within the first budget."""
+    strategy = Budgets(budgets=(2, 4), summaries=2, summary_tokens=3, prior="linear")
+    strategy.bind(FixedLength(), 7)
+    assert strategy.first(Sampling(n=2, max_new_tokens=7)).max_new_tokens == 4
+    root = group(PROMPT, rollout(0, [1, 2, 3, 4], finish="length"), rollout(1, [5, 6]))
+    branches = strategy.branch([[root]])
+    assert [(b.prompt.id[-3:], prefix_of(b.prompt).tolist(), b.n) for b in branches] == [
+        ("0.0", [1, 2], 2),
+        ("0.1", [1, 2, 3, 4], 2),
+    ]
+    parts = [group(b.prompt, rollout(0, [7]), rollout(1, [8, 8])) for b in branches]
+    scores = [[0.0, 1.0], [1.0, 1.0]]
+    done = [scored(root, [0.0, 0.75]), *(scored(p, s) for p, s in zip(parts, scores, strict=True))]
+    out = strategy.assemble([[root], parts], done)
+    p0, p1 = 1 / 3, 2 / 3
+    c = [[0.5, 1.0], [0.75, 0.75]]
+    returns = [[p0 * c[g][0] + p1 * c[g][1], p1 * c[g][1]] for g in range(2)]
+    v2 = [(returns[0][s] + returns[1][s]) / 2 for s in range(2)]
+    wanted = [returns[0][0] - v2[0], returns[0][1] - (1 * c[0][0] * p1 + 1 * v2[1]) / 2, returns[1][0] - v2[0]]
+    segments = [segment for r in out.rollouts[:2] for segment in r.segments]
+    assert [(s.start, s.end) for s in segments] == [(0, 2), (2, 4), (0, 2)]
+    assert [s.end_value - s.start_value for s in segments] == pytest.approx(wanted)
+    summaries = out.rollouts[2:]
+    assert [r.token_ids.tolist() for r in summaries] == [[1, 2, 7], [1, 2, 8, 8], [1, 2, 3, 4, 7], [1, 2, 3, 4, 8, 8]]
+    assert [r.segments[1].end_value - r.segments[1].start_value for r in summaries] == [-0.5, 0.5, 0.0, 0.0]
+    assert [r.action_mask.sum() for r in summaries] == [1, 2, 1, 2]
+    assert [reward.score for reward in out.rewards] == [0.0, 0.75, 0.0, 1.0, 1.0, 1.0]
+    algorithm = Algorithm.from_config(AlgorithmConfig(preset="brpo"))
+    (step,), _ = algorithm.train_batches(collate([out]))
+    np.testing.assert_allclose(step.advantages_BT[0], [wanted[0]] * 2 + [wanted[1]] * 2 + [0] * 2, rtol=1e-5)
+    assert step.rollouts.mask_BT.sum() == 6 + 6
+
+
+def test_budgets_that_cannot_be() -> None:
+    for options, message in (({"budgets": (4, 2)}, "must rise"), ({"budgets": (4, 6)}, "are more than")):
+        with pytest.raises(ConfigError, match=message):
+            Budgets(**options, summary_tokens=2).bind(FixedLength(), 7)
 
 
 # ---- partitions ----
