@@ -280,7 +280,7 @@ class LearnerConfig(Strict):
     packing: Literal["auto", "padded", "packed", "shared"] = Field(
         "auto",
         description="padded: rows of like length together; packed: without padding; shared: what rows begin with in "
-        "common once; auto: shared where that is at most half of the tokens, else padded.",
+        "common once; auto: shared where that pays (most tokens are common), else padded.",
     )
     micro_batch_tokens: PositiveInt = Field(8192, description="Tokens in one forward pass of a rank, padding included.")
     logprob_chunk: PositiveInt = Field(4096, description="Tokens whose logits are held at once.")

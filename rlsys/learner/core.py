@@ -35,8 +35,10 @@ from rlsys.models.logprobs import Packing, PolicyModel, ValueModel
 from rlsys.models.prefixes import shared_order, split_shared
 from rlsys.types import Progress, RolloutBatch, TrainBatch
 
-# Where the different tokens are at most this share of all, a prefix tree with its dense mask is the faster way.
-SHARED_PAYS = 0.5
+# A prefix tree has a dense mask over its tokens: it is the faster way where these are at most this share of all
+# (benchmarks/shared_prefix.py), and as long as the square of their number is not too much memory.
+SHARED_PAYS = 0.4
+LARGEST_TREE = 16_384
 
 
 class Objective(Protocol):
@@ -291,7 +293,8 @@ class Learner:
         packing = self._learner.packing
         if packing in ("auto", "shared"):
             shared = shared_order(batch.input_ids_BL[rows], batch.prompt_lengths_B[rows], lengths)
-            if packing == "shared" or sum(shared.fresh) < SHARED_PAYS * int(lengths.sum()):
+            pays = budget <= LARGEST_TREE and sum(shared.fresh) < SHARED_PAYS * int(lengths.sum())
+            if packing == "shared" or pays:
                 self._packing = "shared"
                 plan = split_shared(shared, lengths.tolist(), ranks, budget)
                 return [[int(rows[i]) for i in micro] for micro in plan[dist.get_rank()]]

@@ -90,6 +90,7 @@ def test_quick_answers_import_no_engine(arguments: list[str], code: int) -> None
     assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
+@pytest.mark.slow
 def test_plan_imports_no_engine_that_runs_things(config: Path) -> None:
     program = (
         "import sys; from rlsys.cli.main import main\n"

@@ -55,6 +55,7 @@ def own_data(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_its_data_and_its_reward_function(rlsys: Callable, own_data: Path, tmp_path: Path) -> None:
     code = block("python", "def short_and_right")
     (tmp_path / "my_rewards.py").write_text(code)

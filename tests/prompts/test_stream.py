@@ -100,6 +100,7 @@ def test_the_order_is_what_it_was():
     assert stream(8, seed=3).draw(0).seed == 3622358388925242325
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     program = (
         "from rlsys.config.models import PromptsConfig\n"
