@@ -163,6 +163,10 @@ def _claims(by_name: Mapping[str, Sequence[Run]]) -> list[str]:
         "A difference counts as seen when it is more than two standard errors.",
         "",
         compare("AEPO holds the entropy at 0.5", "aepo", BASE, lambda run: abs(_entropy(run) - 0.5), False, ".3f"),
+        compare(
+            *("AEPO holds the entropy at 0.7", "aepo, target 0.7", BASE),
+            *(lambda run: abs(_entropy(run) - 0.7), False, ".3f"),
+        ),
         compare("Knapsack RL gives more of what is sampled a signal", "knapsack-rl", BASE, _signal, True, ".2f"),
         compare(
             "Single-stream SPO gives more of what is sampled a signal", "spo-single-stream", BASE, _signal, True, ".2f"
