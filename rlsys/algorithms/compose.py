@@ -90,6 +90,8 @@ class Needs:
     components: bool = False  # more than one reward function
     greedy: bool = False  # a greedy rollout of every prompt
     expert: bool = False  # a demonstration of every prompt
+    segments: bool = False  # values at the ends of segments
+    demonstrations: bool = False  # to begin responses with
     samples: bool = True  # the policy's own; without, demonstrations are enough
 
 
@@ -199,6 +201,8 @@ class Algorithm:
             components=self.combiner.needs_components,
             greedy=self.estimator.needs_greedy,
             expert=self.loss.needs_expert,
+            segments=self.estimator.needs_segments,
+            demonstrations=self.rollout.needs_demonstration,
             samples=self.loss.needs_samples,
         )
 

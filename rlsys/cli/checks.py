@@ -60,7 +60,7 @@ def check_config(config: Config) -> Checked:
     stream = PromptStream.from_config(config.prompts.train, config.prompts, tokenizer, room, config.run.seed)
     rows = min(stream.size or _ROWS_LOOKED_AT, _ROWS_LOOKED_AT)
     longest = max(len(stream.draw(i).token_ids) for i in range(rows))
-    demonstrated = algorithm.needs.expert or algorithm.rollout.needs_demonstration
+    demonstrated = algorithm.needs.expert or algorithm.needs.demonstrations
     if demonstrated and stream.draw(0).demonstration is None:
         raise ConfigError(
             f"algorithm: {config.algorithm.preset!r} learns from demonstrations, and prompts.train has none: name "
