@@ -261,7 +261,11 @@ class Driver:
                 Request(b.prompt, replace(base, n=b.n, max_new_tokens=b.max_new_tokens), training=True, root=prompt.id)
                 for b in branches
             ]
-            answers = await gathered(self.generators.submit(requests))
+            self.recorder.sampling(len(requests))
+            try:
+                answers = await gathered(self.generators.submit(requests))
+            finally:
+                self.recorder.sampling(-len(requests))
             infos = [found.info for found, _ in answers]
             self.ledger.branched(prompt.id, len(infos), sum(info.sampled_tokens for info in infos))
             for info in infos:

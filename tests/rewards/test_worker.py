@@ -49,6 +49,7 @@ async def test_functions_get_what_they_ask_for(group, start_worker, user_config)
     assert reward.components == {"everything": 1.0, "async_length": 1.0, "callable_object": 1.0}
 
 
+@pytest.mark.slow  # it waits for a limit
 @pytest.mark.parametrize("function", ["hang_on_x", "hang_in_c_on_x"])
 async def test_a_hanging_function_costs_one_rollout_and_its_process(function, group, start_worker, user_config):
     worker = await start_worker(user_config(function, "async_length", timeout_s=1))
@@ -64,6 +65,7 @@ async def test_a_hanging_function_costs_one_rollout_and_its_process(function, gr
         os.kill(first, 0)
 
 
+@pytest.mark.slow  # it waits for a limit
 async def test_an_async_function_that_never_returns_is_cancelled(group, start_worker, user_config):
     worker = await start_worker(user_config("never_on_x", timeout_s=1))
     first = worker.pid
@@ -73,6 +75,7 @@ async def test_an_async_function_that_never_returns_is_cancelled(group, start_wo
     assert worker.pid == first  # nothing needed killing
 
 
+@pytest.mark.slow  # it waits for a limit
 async def test_an_async_function_that_blocks_the_event_loop_costs_one_rollout(group, start_worker, user_config):
     worker = await start_worker(user_config("block_on_x", timeout_s=0.5))
     scored = await worker.score(group("a", "x", "b", "c"))
@@ -151,6 +154,7 @@ async def test_a_task_without_a_function_is_an_error(group, start_worker):
         await worker.score(group("a", task="gsm8k"))
 
 
+@pytest.mark.slow  # it waits for a limit
 async def test_a_caller_that_gives_up_leaves_the_worker_in_order(group, start_worker, user_config, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -164,6 +168,7 @@ async def test_a_caller_that_gives_up_leaves_the_worker_in_order(group, start_wo
     assert hopeless.cancelled()
 
 
+@pytest.mark.slow  # it waits for a limit
 async def test_what_a_killed_function_started_is_ended_too(group, start_worker, user_config, tmp_path, wait_until_gone):
     marker = tmp_path / "marker"
     worker = await start_worker(user_config("leave_a_process", timeout_s=1, options={"marker": str(marker)}))
