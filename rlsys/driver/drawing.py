@@ -74,15 +74,10 @@ class Drawing:
             self._carried.append((index, goes_on))
         self._carried.sort(key=lambda entry: (entry[0], entry[1].epoch))  # not by who was ready first
 
-    def candidates(self, count: int) -> list[Prompt]:
-        """Prompts that the next new draws may be of, for the critic to judge; none where nobody asks for that."""
+    def candidates(self, count: int) -> dict[int, Prompt]:
+        """Rows that the next new draws may be of, as prompts for the critic to judge."""
         rows = self.curriculum.candidates(range(self.next_index, self.next_index + count))
-        return [self._prompts.draw(i, row, "candidate") for i, row in enumerate(rows)]
-
-    def judged(self, count: int, values: Sequence[float]) -> None:
-        """What the critic says of `candidates(count)`."""
-        rows = self.curriculum.candidates(range(self.next_index, self.next_index + count))
-        self.curriculum.judged(dict(zip(rows, values, strict=True)))
+        return {row: self._prompts.draw(i, row, "candidate") for i, row in enumerate(rows)}
 
     def draw(self, count: int, progress: Progress) -> list[Prompt]:
         again = [self._redraw.popleft() for _ in range(min(count, len(self._redraw)))]

@@ -386,10 +386,9 @@ class Driver:
 
     async def _judge(self) -> None:
         """Ask the critic about the prompts that may come next, before the gate opens for them."""
-        count = (self.bound + 1) * self.batch
-        prompts = self.drawing.candidates(count)
-        values = await self._learner(self.roles.learner.prompt_values(prompts), "judge prompts")
-        self.drawing.judged(count, values)
+        candidates = self.drawing.candidates((self.bound + 1) * self.batch)
+        values = await self._learner(self.roles.learner.prompt_values(list(candidates.values())), "judge prompts")
+        self.drawing.curriculum.judged(dict(zip(candidates, values, strict=True)))
 
     @property
     def _moving(self) -> Reference | None:

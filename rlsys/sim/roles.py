@@ -306,7 +306,7 @@ class SimLearner(_Mortal):
         return StepReport(self.version, {"loss": Mean.of([0.5])}, tokens, self._timing.step_s, prompts=prompts)
 
     async def prompt_values(self, prompts: Sequence[Prompt]) -> list[float]:
-        await self.living(asyncio.sleep(0))
+        await self.living(pause(self._rng, self._timing.step_s))
         return [random.Random(f"{self.state}/{prompt.id}").random() for prompt in prompts]
 
     async def publish(self) -> PublishedWeights:

@@ -127,7 +127,9 @@ async def run(
             if step == STEPS:
                 break
             if algorithm.curriculum.needs_values:
-                drawing.judged(PROMPTS, rank.prompt_values(drawing.candidates(PROMPTS)))
+                candidates = drawing.candidates(PROMPTS)
+                values = rank.prompt_values(list(candidates.values()))
+                algorithm.curriculum.judged(dict(zip(candidates, values, strict=True)))
             prompts = [strategy.start(prompt) for prompt in drawing.draw(PROMPTS, Progress(step, STEPS))]
             answers = [(await generator.generate([p], drawing.sampling(p.index)))[0] for p in prompts]
             groups = []
