@@ -16,7 +16,7 @@ test: test-fast
 	$(BIN)/python -m pytest tests -m slow
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal -q
 
 check: setup
 	$(BIN)/ruff check .

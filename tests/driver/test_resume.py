@@ -94,7 +94,7 @@ def test_a_resumed_curriculum_chooses_as_an_uninterrupted_one(tmp_path: Path, cu
     assert second.learner.batches == whole.learner.batches[-len(second.learner.batches) :]
 
 
-@pytest.mark.parametrize("curriculum", CURRICULA)
+@pytest.mark.parametrize("curriculum", [PredictedDifficulty, SuccessBudget])
 def test_a_curriculum_in_an_asynchronous_run_that_crashes_loses_no_prompt(
     tmp_path: Path, curriculum: type[Curriculum]
 ) -> None:
