@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlsys.algorithms.compose import Algorithm, bound_strategy
+from rlsys.algorithms.compose import Algorithm
+from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
+from rlsys.errors import WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
 from rlsys.reference.server import ReferenceServer
@@ -152,7 +154,7 @@ def roles(config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerat
     rank = LearnerRank(config, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
 
     async def no_more(name: str) -> Any:
-        raise NotImplementedError(f"{name} died")
+        raise WorkerDied(name, "it is not restarted here")
 
     return Roles(
         generators=[Generator(engine)],

@@ -45,10 +45,8 @@ class Case:
 
 
 EVALUATED = ("accuracy", "best_of_n", "prompts", "rollouts")
-KEPT = (
-    "reward/mean", "learner/entropy_estimate", "groups/with_signal", "advantages/nonzero", "staleness/mean",
-    "learner/grad_norm", "tokens/generated", "tokens/trained",
-)  # fmt: skip
+KEPT = ("learner/entropy_estimate", "advantages/nonzero", "staleness/mean", "learner/grad_norm")
+LATE = 30  # last steps of which these are kept
 STALE = {"driver": {"max_staleness": 4}}
 NAMED = (
     "grpo", "aepo", "knapsack-rl", "spo-single-stream", "riskpo", "gtpo", "bnpo", "sec", "pcl",
@@ -187,7 +185,10 @@ async def run(case: Case, seed: int, model: Path, engine: Any, worker: Any) -> d
         "seed": seed,
         "error": error,
         "evals": [{"step": step, **_rounded(metrics, EVALUATED)} for step, metrics in tracker.evals],
-        "steps": [_rounded(metrics, KEPT) for _, metrics in tracker.steps],
+        "steps": len(tracker.steps),
+        "late": {
+            name: [round(metrics[name], 4) for _, metrics in tracker.steps[-LATE:] if name in metrics] for name in KEPT
+        },
     }
 
 

@@ -27,7 +27,7 @@ def write(runs: Sequence[Run], page: Path) -> None:
     several = {name: found for name, found in by_name.items() if len(found) > 1}
     single = {name: found for name, found in by_name.items() if len(found) == 1}
     _plot(several, page.with_suffix(".png"))
-    steps, evals = len(runs[0]["steps"]), runs[0]["evals"]
+    steps, evals = runs[0]["steps"], runs[0]["evals"]
     lines = [
         "# What learns, and what does not",
         "",
@@ -91,7 +91,7 @@ def _best(run: Run) -> float:
 
 
 def _late(run: Run, metric: str) -> float:
-    found = [step[metric] for step in run["steps"][-WINDOW:] if metric in step]
+    found = run["late"][metric][-WINDOW:]
     return statistics.fmean(found) if found else math.nan
 
 
@@ -105,7 +105,7 @@ def _signal(run: Run) -> float:
 
 def _variation(run: Run) -> float:
     """Standard deviation over mean of the gradient's norm."""
-    found = [step["learner/grad_norm"] for step in run["steps"][-2 * WINDOW :] if "learner/grad_norm" in step]
+    found = run["late"]["learner/grad_norm"]
     return statistics.stdev(found) / statistics.fmean(found) if len(found) > 1 else math.nan
 
 

@@ -68,3 +68,9 @@ class WorkerDied(RlsysError):
 
 class WorkerStalled(WorkerDied):
     """A worker made no progress within its lease and was given up."""
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first exception of a group that is not itself a group."""
+    first = group.exceptions[0]
+    return first_of(first) if isinstance(first, BaseExceptionGroup) else first

@@ -19,8 +19,10 @@ from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
 from rlsys.actors.reference import start_reference
 from rlsys.actors.rewards import start_rewarder
-from rlsys.algorithms.compose import Algorithm, bound_strategy
+from rlsys.algorithms.compose import Algorithm
+from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
+from rlsys.errors import first_of
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles
 
@@ -89,7 +91,7 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
                 rewarders = [begin(spawn_rewarder(f"rewarder-{i}")) for i in range(config.rewards.workers)]
                 reference = begin(keep(start_reference(config, model_path))) if needs.reference else None
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_of(failures) from None
         yield Roles(
             generators=[task.result() for task in generators],
             rewarders=[task.result() for task in rewarders],
@@ -103,8 +105,3 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await asyncio.gather(*(role.close() for role in started), return_exceptions=True)
         ray.shutdown()
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

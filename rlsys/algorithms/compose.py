@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +35,7 @@ from rlsys.algorithms import filters
 from rlsys.algorithms.filters import GroupFilter
 from rlsys.algorithms.presets import resolve
 from rlsys.batches import build_train_batch, minibatches, select_rows
-from rlsys.config.models import AlgorithmConfig, Config, CriticConfig, PartConfig
+from rlsys.config.models import AlgorithmConfig, CriticConfig, PartConfig
 from rlsys.curricula import Curriculum
 from rlsys.errors import ConfigError, LearnerError
 from rlsys.losses import (
@@ -52,7 +51,6 @@ from rlsys.losses import (
     regularizers,
 )
 from rlsys.metrics import Last, Max, Mean, Metric, Min, Sum, merge
-from rlsys.models.loading import load_tokenizer
 from rlsys.registry import build
 from rlsys.segments import Partition, Strategy, partitions, strategies
 from rlsys.types import GroupInfo, Progress, RolloutBatch, StartOfStep, TrainBatch
@@ -458,33 +456,6 @@ class Algorithm:
                 )
             for part, entry in zip(parts, saved, strict=True):
                 part.load_state_dict(entry["state"])
-
-
-def bound_strategy(algorithm: Algorithm, config: Config, model_path: str | Path) -> Strategy:
-    """The strategy with what it has to know of the config. Raises ConfigError for what cannot fit."""
-    algorithm.rollout.bind(algorithm.partition, config.rollout.max_new_tokens, TokenTexts(str(model_path)))
-    return algorithm.rollout
-
-
-class TokenTexts:
-    """The text of each token; the tokenizer is loaded where it is first asked."""
-
-    def __init__(self, model_path: str) -> None:
-        self._model_path = model_path
-        self._tokenizer: Any = None
-
-    def __call__(self, token_ids: np.ndarray) -> list[str]:
-        return [self._loaded.decode([int(token)], skip_special_tokens=True) for token in token_ids]
-
-    def encode(self, text: str) -> list[int]:
-        found: list[int] = self._loaded.encode(text, add_special_tokens=False)
-        return found
-
-    @property
-    def _loaded(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._model_path)
-        return self._tokenizer
 
 
 def _part(kind: str, config: PartConfig, place: int | None = None) -> Any:

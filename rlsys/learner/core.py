@@ -32,13 +32,8 @@ from rlsys.losses.value import value_loss
 from rlsys.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from rlsys.models.loading import load_causal_lm, torch_dtype
 from rlsys.models.logprobs import Packing, PolicyModel, ValueModel
-from rlsys.models.prefixes import shared_order, split_shared
+from rlsys.models.prefixes import shared_order, split_shared, worth_sharing
 from rlsys.types import Progress, RolloutBatch, TrainBatch
-
-# A prefix tree has a dense mask over its tokens: it is the faster way where these are at most this share of all
-# (benchmarks/shared_prefix.py), and as long as the square of their number is not too much memory.
-SHARED_PAYS = 0.4
-LARGEST_TREE = 16_384
 
 
 class Objective(Protocol):
@@ -293,8 +288,7 @@ class Learner:
         packing = self._learner.packing
         if packing in ("auto", "shared"):
             shared = shared_order(batch.input_ids_BL[rows], batch.prompt_lengths_B[rows], lengths)
-            pays = budget <= LARGEST_TREE and sum(shared.fresh) < SHARED_PAYS * int(lengths.sum())
-            if packing == "shared" or pays:
+            if packing == "shared" or worth_sharing(shared, lengths, budget):
                 self._packing = "shared"
                 plan = split_shared(shared, lengths.tolist(), ranks, budget)
                 return [[int(rows[i]) for i in micro] for micro in plan[dist.get_rank()]]

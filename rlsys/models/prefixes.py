@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# A prefix tree has a dense mask over its tokens: it is the faster way where these are at most this share of all
+# (benchmarks/shared_prefix.py), and as long as the square of their number is not too much memory.
+SHARED_PAYS = 0.4
+LARGEST_TREE = 16_384
+
 
 @dataclass(frozen=True, slots=True)
 class SharedOrder:
@@ -34,6 +39,11 @@ def shared_order(ids: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarra
         starts.append(start)
         fresh.append(int(lengths[b]) if start else int(lengths[b]) - common)
     return SharedOrder(order, fresh, starts)
+
+
+def worth_sharing(shared: SharedOrder, lengths: np.ndarray, budget: int) -> bool:
+    """Whether micro-batches of `budget` tokens are better prefix trees than plain rows."""
+    return budget <= LARGEST_TREE and sum(shared.fresh) < SHARED_PAYS * int(lengths.sum())
 
 
 def _common(ids: np.ndarray, lengths: np.ndarray, a: int, b: int) -> int:

@@ -90,6 +90,18 @@ def test_quick_answers_import_no_engine(arguments: list[str], code: int) -> None
     assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
+def test_plan_counts_the_branches(rlsys: Callable, config: Path) -> None:
+    """16 prompts, each 4 samples of 4 tokens and from each of these 4 more of what is left of 16."""
+    overrides = ["--algorithm.preset=spo-tree", "--algorithm.rollout.breadth=[4, 4]", "--rollout.max_new_tokens=16"]
+    overrides += ["--algorithm.rollout.segment_tokens=4", "--driver.prompts_per_step=16"]
+    done = rlsys("plan", config, *overrides, "--rollout.samples_per_prompt=8")
+    assert done.code == 0, done.err
+    text = " ".join(done.out.split())
+    assert f"up to about {16 * (4 * 4 + 16 * 12):,} tokens" in text
+    done = rlsys("plan", config)
+    assert "branches" not in done.out
+
+
 @pytest.mark.slow
 def test_plan_imports_no_engine_that_runs_things(config: Path) -> None:
     program = (

@@ -109,6 +109,35 @@ def test_a_curriculum_in_an_asynchronous_run_that_crashes_loses_no_prompt(
     assert summary["fates"]["trained"] == 24
 
 
+def test_a_candidate_has_the_value_that_the_critic_gave_it(tmp_path: Path) -> None:
+    """Also when prompts are drawn while the critic is at work."""
+    told: dict[int, float] = {}
+    moved = []
+
+    def act(simulation: Simulation) -> None:
+        learner, drawing = simulation.learner, simulation.driver.drawing
+        ask, judged = learner.prompt_values, drawing.curriculum.judged
+
+        async def asked(prompts: Any) -> Any:
+            before = drawing.next_index
+            values = await ask(prompts)
+            moved.append(drawing.next_index - before)
+            told.clear()
+            told.update(zip((int(p.id.split("/")[1].split("@")[0]) for p in prompts), values, strict=True))
+            return values
+
+        def heard(values: Any) -> None:
+            assert dict(values) == told
+            judged(values)
+
+        learner.prompt_values, drawing.curriculum.judged = asked, heard  # type: ignore[method-assign]
+
+    settings = sim_config(steps=10, batch=3, bound=2, eval={"every": 0})
+    parts = {"curriculum": PredictedDifficulty(), "prompts": SimPrompts(size=500), "filters": [DropSome()]}
+    simulate(settings, tmp_path, act, **parts)
+    assert max(moved) > 0, "the case was there"
+
+
 @pytest.mark.parametrize("bound", [0, 2])
 @pytest.mark.parametrize("crash_at", [3.0, 8.0, 17.0])
 def test_a_crashed_run_resumes_from_its_newest_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from rlsys.segments import Strategy
 from rlsys.segments.partitions.fixed_length import FixedLength
 from rlsys.segments.partitions.python import Python
 from rlsys.segments.strategies.chain import Chain
+from rlsys.segments.strategies.reset import Reset
 from rlsys.segments.strategies.tree import Tree
 from rlsys.segments.strategies.windows import Windows
 from rlsys.sim.drive import SimPrompts, Simulation, at, sim_config, simulate
-from rlsys.types import ScoredGroup
+from rlsys.types import Demonstration, Prompt, ScoredGroup
 
 
 def strategy(kind: str) -> Strategy:
@@ -115,6 +117,27 @@ def test_unfinished_responses_go_on_in_later_steps(tmp_path: Path, bound: int) -
         simulate(config, tmp_path / "parts", act, **parts(tmp_path / "parts"))
         second, _ = simulate(config, tmp_path / "parts", **parts(tmp_path / "parts"))
         assert second.learner.state == whole.learner.state
+
+
+def test_responses_that_begin_in_a_demonstration(tmp_path: Path) -> None:
+    """Prompt and beginning go to the generator together, and what is sampled is so much shorter."""
+
+    class Shown(SimPrompts):
+        def draw(self, index: int, row: int | None = None, epoch: str = "") -> Prompt:
+            shown = Demonstration("shown", np.arange(20, 40, dtype=np.int32))
+            return replace(super().draw(index, row, epoch), demonstration=shown)
+
+    made = Reset()
+    made.bind(FixedLength(), 30)
+    store = Keeping(tmp_path / "rollouts")
+    config = sim_config(steps=4, batch=3, rollout={"max_new_tokens": 30})
+    simulate(config, tmp_path, strategy=made, store=store, prompts=Shown(size=50))
+    begun = [group.prompt.prefix_tokens for group in store.groups.values()]
+    assert len(set(begun)) > 3
+    for group in store.groups.values():
+        prefix = group.prompt.prefix_tokens
+        assert group.prompt.token_ids.tolist() == [1, 2, 3, *range(20, 20 + prefix)]
+        assert max(len(r.token_ids) for r in group.rollouts) <= 30 - prefix
 
 
 def test_a_rule_that_goes_wrong_costs_the_prompt(tmp_path: Path) -> None:

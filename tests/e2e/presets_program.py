@@ -16,8 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from rlsys.algorithms import describe
-from rlsys.algorithms.compose import Algorithm, bound_strategy
+from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.presets import presets
+from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
 from rlsys.driver.drawing import Drawing
 from rlsys.driver.options import training_sampling
@@ -131,7 +132,7 @@ async def run(
                 values = rank.prompt_values(list(candidates.values()))
                 algorithm.curriculum.judged(dict(zip(candidates, values, strict=True)))
             prompts = [strategy.start(prompt) for prompt in drawing.draw(PROMPTS, Progress(step, STEPS))]
-            answers = [(await generator.generate([p], drawing.sampling(p.index)))[0] for p in prompts]
+            answers = [(await generator.generate([p], drawing.sampling(p)))[0] for p in prompts]
             groups = []
             for answer, prompt in zip(answers, prompts, strict=True):
                 rounds = [[await answer]]
@@ -139,7 +140,7 @@ async def run(
                     if strategy.defers:
                         drawing.carry(prompt.index, branches)
                         break
-                    base = drawing.sampling(prompt.index)
+                    base = drawing.sampling(prompt)
                     rounds.append([await sample(generator, branch, base) for branch in branches])
                 groups.append(await scored(strategy, rounds, worker.score))
             logprobs = [reference.logprobs(group) for group in groups] if algorithm.needs.reference else None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlsys.models.loading import load_causal_lm
 from rlsys.models.logprobs import PolicyModel, ValueModel
-from rlsys.models.prefixes import forest, shared_order, split_shared
+from rlsys.models.prefixes import forest, shared_order, split_shared, worth_sharing
 
 
 def padded(rows: list[list[int]]) -> np.ndarray:
@@ -111,6 +111,17 @@ def test_values_are_those_of_plain_rows(model) -> None:  # type: ignore[no-untyp
     torch.nn.init.normal_(critic.head.weight)
     plain, shared = (critic(ids, prompts, responses, width=8, packing=packing) for packing in ("padded", "shared"))
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_sharing_is_worth_it_where_most_tokens_are_common() -> None:
+    def order(common: int, own: int, rows: int = 8):  # type: ignore[no-untyped-def]
+        whole = [[1] * common + [10 + i] * own for i in range(rows)]
+        lengths = np.full(rows, common + own)
+        return shared_order(padded(whole), np.full(rows, 1), lengths), lengths
+
+    assert worth_sharing(*order(common=7, own=3), budget=4096), "(7 + 8 * 3) / 80 = 39%"
+    assert not worth_sharing(*order(common=6, own=4), budget=4096), "(6 + 8 * 4) / 80 = 48%"
+    assert not worth_sharing(*order(common=7, own=3), budget=32_768), "its mask would be too large"
 
 
 ROWS = st.lists(

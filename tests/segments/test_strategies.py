@@ -391,6 +391,30 @@ def test_budgets_by_hand() -> None:
     assert step.rollouts.mask_BT.sum() == 6 + 6
 
 
+def test_what_closes_the_thinking_stands_before_the_summary() -> None:
+    class Words:
+        def __call__(self, ids: np.ndarray) -> list[str]:
+            return [str(i) for i in ids]
+
+        def encode(self, text: str) -> list[int]:
+            return [int(word) for word in text.split()]
+
+    strategy = Budgets(budgets=(2,), summaries=3, summary_tokens=4, closing="40 41")
+    strategy.bind(FixedLength(), 7, Words())
+    root = group(PROMPT, rollout(0, [1, 2], finish="length"))
+    (branch,) = strategy.branch([[root]])
+    assert prefix_of(branch.prompt).tolist() == [1, 2, 40, 41]
+    assert (branch.n, branch.max_new_tokens) == (3, 3), "seven tokens in all"
+    part = group(branch.prompt, rollout(0, [7]))
+    out = strategy.assemble([[root], [part]], [scored(root, [0.0]), scored(part, [1.0])])
+    assert out.rollouts[1].token_ids.tolist() == [1, 2, 40, 41, 7]
+    assert out.rollouts[1].action_mask.tolist() == [False] * 4 + [True]
+    long = Budgets(budgets=(4,), summary_tokens=3, closing="40 41 42")
+    long.bind(FixedLength(), 7, Words())
+    with pytest.raises(SegmentError, match="closing has 3 tokens: after budget 4"):
+        long.branch([[root]])
+
+
 def test_budgets_that_cannot_be() -> None:
     for options, message in (({"budgets": (4, 2)}, "must rise"), ({"budgets": (4, 6)}, "are more than")):
         with pytest.raises(ConfigError, match=message):

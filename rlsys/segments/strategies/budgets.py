@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, SegmentError
 from rlsys.registry import Count
 from rlsys.roles import Branch, Sampling
 from rlsys.segments import Partition, Pieces, Rounds, Strategy, continued, prefix_of
@@ -59,11 +59,16 @@ class Budgets(Strategy):
             return []
         [group] = rounds[0]
         closing = self.encoded(self.closing)
+        if (longest := self.budgets[-1] + len(closing)) >= self.max_new_tokens:
+            raise SegmentError(
+                f"algorithm.rollout.closing has {len(closing)} tokens: after budget {self.budgets[-1]} there is "
+                f"no room for a summary in rollout.max_new_tokens ({self.max_new_tokens})"
+            )
         return [
             Branch(
                 continued(group.prompt, f"{trace.sample}.{s}", np.concatenate([trace.token_ids[:budget], closing])),
                 self.summaries,
-                self.summary_tokens,
+                min(self.summary_tokens, self.max_new_tokens - longest),
             )
             for trace in group.rollouts
             for s, budget in enumerate(self.budgets)
