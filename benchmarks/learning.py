@@ -73,6 +73,7 @@ def config(case: Case, seed: int) -> Config:
     """A mix of easy and hard sums: two terms are right half of the time at first, four one time in eight."""
     sums = {"kind": "sums", "terms": [2, 4], "largest": 9}
     preset = presets()[case.preset]
+    staleness = int(preset.settings.get("driver.max_staleness", 1))
     samples = int(preset.settings.get("rollout.samples_per_prompt", SAMPLES))
     samples = samples if samples in (0, 1) else SAMPLES
     small: dict[str, dict[str, Any]] = {  # of what is meant for long responses
@@ -104,7 +105,10 @@ def config(case: Case, seed: int) -> Config:
             "non_finite": "skip",
             "optimizer": {"learning_rate": 3e-4, "warmup_steps": 5},
         },
-        "driver": {"prompts_per_step": ROLLOUTS // max(1, samples) if samples else ROLLOUTS, "max_staleness": 1},
+        "driver": {
+            "prompts_per_step": ROLLOUTS // max(1, samples) if samples else ROLLOUTS,
+            "max_staleness": staleness,
+        },
         "eval": {"prompts": 128, "samples_per_prompt": 8, "temperature": 1.0, "every": 10},
         "checkpoint": {"every": 0},
     }

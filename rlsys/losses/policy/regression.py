@@ -63,6 +63,11 @@ class OptimalAdvantageRegression(Loss):
 
     Brantley et al. 2025 (A*-PO), stage 2: beta = 1e-3. No clipping, no critic. The loss of a response is divided among
     its tokens, so aggregate by sequence-mean-token-sum.
+
+    Keep it on-policy (`driver.max_staleness: 0`, as in the preset). With so small a beta the gradient is that of
+    REINFORCE with the baseline V*, which is above the mean score: most advantages are negative. On-policy that costs
+    variance only. On responses of older weights, which nothing here corrects, it keeps pushing down what was sampled,
+    and a policy at staleness 1 can fall apart within 50 steps.
     """
 
     name = "optimal-advantage-regression"
