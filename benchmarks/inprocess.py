@@ -1,4 +1,4 @@
-"""The real roles in one process, without Ray: one vLLM engine for many runs, each with a learner of its own."""
+"""Runs with the real roles in one process, without Ray: one vLLM engine for many, each with a learner of its own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
-from rlsys.errors import WorkerDied
+from rlsys.driver.loop import Driver
+from rlsys.errors import RlsysError, WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
+from rlsys.ledger.ledger import Ledger
+from rlsys.models.loading import load_tokenizer
+from rlsys.prompts.stream import PromptStream, eval_prompts
 from rlsys.reference.server import ReferenceServer
 from rlsys.rewards.worker import RewardWorker
 from rlsys.roles import (
@@ -30,6 +35,7 @@ from rlsys.roles import (
 )
 from rlsys.rollouts.engine import VllmGenerator
 from rlsys.segments import Strategy, scored
+from rlsys.sim.drive import RecordingTracker
 from rlsys.sim.roles import MemoryStore
 from rlsys.types import Prompt, RolloutGroup, ScoredGroup, group_info
 from rlsys.weights.publish import unpack
@@ -145,6 +151,36 @@ class Reference(_Threaded):
         raise NotImplementedError
 
     async def close(self) -> None: ...
+
+
+async def run(
+    config: Config, model: Path, engine: VllmGenerator, worker: RewardWorker
+) -> tuple[RecordingTracker, str | None]:
+    """A whole run, and its error if it broke off, which is a result, too."""
+    algorithm = Algorithm.from_config(config.algorithm)
+    common = (config.prompts, load_tokenizer(model), config.model.max_length - config.rollout.max_new_tokens)
+    stream = PromptStream.from_config(config.prompts.train, *common, config.run.seed)
+    assert config.prompts.eval is not None
+    held_out = eval_prompts(config.prompts.eval, *common, 0, config.eval.prompts)
+    tracker, error = RecordingTracker(), None
+    with TemporaryDirectory() as directory:
+        parts = roles(config, model, algorithm, engine, worker)
+        ledger = Ledger(Path(directory) / "ledger.sqlite")
+        try:
+            driver = Driver(
+                *(config, parts, ledger, stream, tracker, Path(directory), held_out, algorithm.filters),
+                curriculum=algorithm.curriculum,
+                strategy=algorithm.rollout,
+                with_greedy=algorithm.needs.greedy,
+                with_expert=algorithm.needs.expert,
+            )
+            await driver.run()
+        except RlsysError as found:
+            error = str(found)
+        finally:
+            await parts.learner.close()
+            ledger.close()
+    return tracker, error
 
 
 def roles(config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerator, worker: RewardWorker) -> Roles:

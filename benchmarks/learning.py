@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlsys.algorithms import describe
@@ -73,6 +72,8 @@ def config(case: Case, seed: int) -> Config:
     """A mix of easy and hard sums: two terms are right half of the time at first, four one time in eight."""
     sums = {"kind": "sums", "terms": [2, 4], "largest": 9}
     preset = presets()[case.preset]
+    # As many noisy steps of an optimizer as there are updates in a step add up to the square root of their number.
+    updates = preset.minibatches * preset.epochs
     staleness = int(preset.settings.get("driver.max_staleness", 1))
     samples = int(preset.settings.get("rollout.samples_per_prompt", SAMPLES))
     samples = samples if samples in (0, 1) else SAMPLES
@@ -103,7 +104,7 @@ def config(case: Case, seed: int) -> Config:
             "threads": 1,
             "micro_batch_tokens": 4096,
             "non_finite": "skip",
-            "optimizer": {"learning_rate": 3e-4, "warmup_steps": 5},
+            "optimizer": {"learning_rate": 3e-4 / math.sqrt(updates), "warmup_steps": 5},
         },
         "driver": {
             "prompts_per_step": ROLLOUTS // max(1, samples) if samples else ROLLOUTS,
@@ -150,39 +151,9 @@ async def run_all(todo: Sequence[tuple[Case, int]]) -> None:
 
 
 async def run(case: Case, seed: int, model: Path, engine: Any, worker: Any) -> dict[str, Any]:
-    from benchmarks.inprocess import roles
-    from rlsys.algorithms.compose import Algorithm
-    from rlsys.driver.loop import Driver
-    from rlsys.errors import RlsysError
-    from rlsys.ledger.ledger import Ledger
-    from rlsys.models.loading import load_tokenizer
-    from rlsys.prompts.stream import PromptStream, eval_prompts
-    from rlsys.sim.drive import RecordingTracker
+    from benchmarks.inprocess import run as run_in_process
 
-    settings = config(case, seed)
-    algorithm = Algorithm.from_config(settings.algorithm)
-    common = (settings.prompts, load_tokenizer(model), settings.model.max_length - settings.rollout.max_new_tokens)
-    stream = PromptStream.from_config(settings.prompts.train, *common, seed)
-    assert settings.prompts.eval is not None
-    held_out = eval_prompts(settings.prompts.eval, *common, 0, settings.eval.prompts)
-    tracker, error = RecordingTracker(), None
-    with TemporaryDirectory() as directory:
-        parts = roles(settings, model, algorithm, engine, worker)
-        ledger = Ledger(Path(directory) / "ledger.sqlite")
-        try:
-            driver = Driver(
-                *(settings, parts, ledger, stream, tracker, Path(directory), held_out, algorithm.filters),
-                curriculum=algorithm.curriculum,
-                strategy=algorithm.rollout,
-                with_greedy=algorithm.needs.greedy,
-                with_expert=algorithm.needs.expert,
-            )
-            await driver.run()
-        except RlsysError as found:  # a run that breaks off is a result, too
-            error = str(found)
-        finally:
-            await parts.learner.close()
-            ledger.close()
+    tracker, error = await run_in_process(config(case, seed), model, engine, worker)
     return {
         "name": case.name,
         "preset": case.preset,

@@ -34,7 +34,8 @@ def write(runs: Sequence[Run], page: Path) -> None:
         "Written by `python -m benchmarks.learning` from `benchmarks/results/learning.jsonl`.",
         "",
         f"Every preset, as published, on one small task: sums of two to four terms by the quickstart's model, {steps} "
-        f"steps of 256 sampled responses, learning rate 3e-4, bound on staleness 1 unless said here or by the preset. "
+        f"steps of 256 sampled responses, learning rate 3e-4 (over the square root of the updates in a step), "
+        "bound on staleness 1 unless said here or by the preset. "
         "The real driver, vLLM, reward worker, reference and DeepSpeed learner, in one process. Accuracy is on "
         f"{int(evals[0]['prompts'])} held-out problems, {int(evals[0]['rollouts'] / evals[0]['prompts'])} samples each "
         "at temperature 1; best of 8 is the share of problems that one of the eight solves. Presets whose samples per "

@@ -144,6 +144,7 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     generator: str  # the worker that sampled it, such as "generator-0"
+    old_states: int = 0  # tokens of the prompt whose states were read from a cache that older weights may have filled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +196,7 @@ class GroupInfo:
     scores: tuple[float, ...] = ()  # NaN where unscored; empty before scoring
     reward_statuses: tuple[RewardStatus, ...] = ()
     tokens_by_version: tuple[tuple[int, int], ...] = ()  # (weight version, response tokens it sampled), rising
+    old_states: int = 0  # as in RolloutGroup
     distinct_3: float = 0.0  # different three-token sequences of all rollouts, as a share of all of them
 
     @property
@@ -228,6 +230,7 @@ def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupIn
         scores=tuple(float(r.score) for r, mine in zip(rewards, own, strict=False) if mine or not any(own)),
         reward_statuses=tuple(r.status for r in rewards),
         tokens_by_version=tuple(sorted(by_version.items())),
+        old_states=group.old_states,
         distinct_3=_distinct([r.token_ids for r in group.rollouts if r.origin != "expert"]),
     )
 

@@ -20,8 +20,9 @@ class GreedyBaseline(Estimator):
         A_t = sum_{s >= t} gamma^(s - t) * r_s - r(greedy)      scores clipped to (-clip, clip)
 
     ReMax, Li et al. 2023, section 4, as in the authors' code: the KL is a cost of tokens, and not in the baseline;
-    clip = 5. One more response of every prompt is sampled, at temperature 0, and never trained on. Where that one has
-    no score, the prompt is left out.
+    clip = 5. The greedy response is often better than the mean, and most advantages then negative, which is unbiased
+    on-policy only: keep `driver.max_staleness: 0`. One more response of every prompt is sampled, at temperature 0, and
+    never trained on. Where that one has no score, the prompt is left out.
     """
 
     name = "greedy-baseline"

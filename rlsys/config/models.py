@@ -299,8 +299,10 @@ class WeightsConfig(Strict):
     engine: Literal["object_store", "nccl"] = Field(
         "object_store", description="nccl: by broadcast from GPU to GPU, GPU profile only; not run yet."
     )
-    kv_cache: Literal["recompute", "keep"] = Field(
-        "recompute", description="Running requests after an update: recompute their cache (exact) or keep the old one."
+    kv_cache: Literal["recompute", "keep", "share"] = Field(
+        "recompute",
+        description="After an update: recompute the cache of running requests (exact), keep it, or keep it and let new "
+        "requests begin with cached states of older weights, too.",
     )
     timeout_s: PositiveFloat = Field(60.0, description="One generator must take an update by then.")
 

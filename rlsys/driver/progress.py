@@ -46,6 +46,8 @@ class Recorder:
         groups/under_way, buffered          at the end of the step
         groups/dropped                      since the step before; groups/dropped_length: their mean response tokens
         tokens/generated, trained           in this step; .._per_s: over the time since the step before
+        tokens/old_states                   of prompts and branches, with states from a cache that older weights
+                                            may have filled (`weights.kv_cache: share`)
         reference/version                   newest policy weights that the reference has taken in, where it moves
         time/step_s, learner_s              since the step before; in the learner
         wait/learner_for_rollouts_s         the learner had no batch
@@ -100,6 +102,7 @@ class Recorder:
     def generated(self, info: GroupInfo) -> None:
         self.totals.tokens_generated += info.sampled_tokens
         self._add("tokens/generated", Sum(info.sampled_tokens))
+        self._add("tokens/old_states", Sum(info.old_states))
 
     def dropped(self, info: GroupInfo | None) -> None:
         self._add("groups/dropped", Sum(1))
@@ -169,6 +172,7 @@ class Recorder:
             "groups/buffered": Last(buffered),
             "groups/dropped": Sum(0),
             "tokens/generated": Sum(0),
+            "tokens/old_states": Sum(0),
             "tokens/trained": Sum(report.tokens if report.skipped is None else 0),
             "time/step_s": Sum(elapsed),
             "time/learner_s": Sum(report.seconds),

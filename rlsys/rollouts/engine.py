@@ -8,14 +8,15 @@ ratios matter. Greedy sampling (temperature 0) reports log-probs at temperature 
 Weight updates. Generation pauses, running requests keep their tokens, and go on under the new weights. With
 `weights.kv_cache: recompute` their cache is computed again, so every token's log-prob is exactly its version's; with
 `keep` the running ones go on with what the old weights left in the cache, and their later tokens are only
-approximately their version's. Requests that start after an update never see older states in either case: prefix
-caching is salted with the version.
+approximately their version's. Requests that start after an update see no older states in either case: prefix caching is
+salted with the version. With `share` they do, as far as their prompts begin like earlier ones, and a group says of how
+many of its prompt's tokens (`RolloutGroup.old_states`); nothing is ever computed again for an update.
 
 Determinism. A call of `generate` into an idle engine is submitted as a whole before the first of it is scheduled,
-with empty caches. What comes out then depends on the weights, the prompts and the sampling alone, to the last bit
-(same machine, same settings). Two limits: a call into a busy engine joins running batches, whose composition moves
-floating-point rounding; and stop *strings* are found outside of the engine process, some steps late, which moves the
-composition as well.
+with empty caches (but with `share`). What comes out then depends on the weights, the prompts and the sampling alone, to
+the last bit (same machine, same settings). Two limits: a call into a busy engine joins running batches, whose
+composition moves floating-point rounding; and stop *strings* are found outside of the engine process, some steps late,
+which moves the composition as well.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from rlsys.roles import Probe, PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.convert import requests, sampling_params, to_group
 from rlsys.rollouts.settings import engine_args, prepare_environment
 from rlsys.rollouts.transfer import transfer
-from rlsys.types import Prompt, RolloutGroup
+from rlsys.types import Prompt, RolloutGroup, group_info
 from rlsys.weights.expected import ExpectedTensors
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class VllmGenerator:
         self._scheduling = asyncio.Lock()  # held by whoever pauses and resumes
         self._updating = asyncio.Lock()
         self._aborting: set[asyncio.Task[None]] = set()  # the event loop keeps no reference to its tasks
+        self._shared = config.weights.kv_cache == "share"
+        self._first_seen: dict[int, int] = {}  # hash of a prompt's first cache block -> version; with `share` alone
         self._requests = 0
         self._tokens = 0
         self._transfer = transfer(name, config)
@@ -126,7 +129,7 @@ class VllmGenerator:
             idle = engine.get_num_unfinished_requests() == 0
             with self._failures():
                 if idle:
-                    await self._pause(clear_cache=True)
+                    await self._pause(clear_cache=not self._shared)
                 try:
                     for prompt in prompts:
                         queues.append([])
@@ -157,10 +160,27 @@ class VllmGenerator:
         number, self._requests = self._requests, self._requests + 1
         return await self._running_engine().add_request(
             str(number),
-            tokens_input(prompt.token_ids.tolist(), cache_salt=str(self.version)),
+            tokens_input(prompt.token_ids.tolist(), cache_salt=self._salt(prompt)),
             sampling_params(prompt, sampling),
             priority=number,
         )
+
+    def _salt(self, prompt: Prompt) -> str:
+        if not self._shared:
+            return str(self.version)
+        size: int = self._running_engine().vllm_config.cache_config.block_size
+        if len(prompt.token_ids) >= size:
+            self._first_seen.setdefault(hash(prompt.token_ids[:size].tobytes()), self.version)
+        return "any version"
+
+    def _old_states(self, group: RolloutGroup, outputs: Sequence[Any]) -> int:
+        """Prompts whose first blocks differ share no states; where they have been seen before, it may be all."""
+        if not self._shared:
+            return 0
+        size: int = self._running_engine().vllm_config.cache_config.block_size
+        version = group_info(group).min_version
+        first = self._first_seen.get(hash(group.prompt.token_ids[:size].tobytes()), version)
+        return max((output.num_cached_tokens or 0 for output in outputs), default=0) if first < version else 0
 
     async def _collect(
         self, prompt: Prompt, sampling: Sampling, queues: Sequence[RequestOutputCollector]
@@ -168,6 +188,7 @@ class VllmGenerator:
         with self._failures():
             outputs: list[Any] = [await queue.get() for queue in queues]
         group = to_group(prompt, sampling, outputs, self.name)
+        group = replace(group, old_states=self._old_states(group, outputs))
         return self._with_whole_texts(group) if prompt.prefix_tokens else group
 
     def _with_whole_texts(self, group: RolloutGroup) -> RolloutGroup:

@@ -199,6 +199,27 @@ async def test_a_new_request_never_sees_cached_states_of_old_weights(
         await running
 
 
+async def test_a_shared_cache_says_how_much_of_a_prompt_older_weights_have_read(
+    keeping: Setting, make_prompts: Callable[..., list[Prompt]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharing = keeping  # one engine less to start
+    monkeypatch.setattr(sharing.generator, "_shared", True)
+    prompts = make_prompts(2, length=200, seed=4)
+    (running,) = await sharing.generator.generate(make_prompts(1, seed=5), LONG)
+    before = await sharing.sample(prompts, Sampling(n=2, max_new_tokens=4))
+    await sharing.generator.update(sharing.trainer.publish())
+    after = await sharing.sample(prompts, Sampling(n=2, max_new_tokens=4))
+    fresh = await sharing.sample(make_prompts(2, length=200, seed=14), Sampling(n=2, max_new_tokens=4))
+    assert not running.done()
+    assert [group.old_states for group in before] == [0, 0]
+    assert all(100 < group.old_states < 200 for group in after)
+    assert [group.old_states for group in fresh] == [0, 0]
+    assert sharing.worst(before) <= TOLERANCE
+    assert sharing.worst(fresh) <= TOLERANCE
+    assert sharing.worst(after) > 10 * TOLERANCE
+    await running
+
+
 async def test_seeds_reproduce_samples(engine: Setting, make_prompts: Callable[..., list[Prompt]]) -> None:
     (prompt,) = make_prompts(1, seed=6)
     (group,) = await engine.sample([prompt], Sampling(n=4, max_new_tokens=20))
