@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from rlsys.config.models import AlgorithmConfig, CriticConfig, PartConfig, PositiveInt, Strict
+from rlsys.config.models import AlgorithmConfig, Config, CriticConfig, PartConfig, PositiveInt, Strict
 from rlsys.errors import ConfigError
 from rlsys.registry import nearest
 
@@ -93,6 +93,19 @@ def resolve(config: AlgorithmConfig) -> Preset:
     if config.critic is not None:
         changes["critic"] = _critic(config.critic, preset.critic)
     return preset.model_copy(update=changes)
+
+
+def departures(config: Config) -> list[tuple[str, Any, Any]]:
+    """Where the config is not what its preset wants elsewhere in it: (dotted key, here, as published)."""
+    values = config.model_dump(mode="json")
+    out = []
+    for key, published in presets()[config.algorithm.preset].settings.items():
+        here: Any = values
+        for name in key.split("."):
+            here = here[name]
+        if here != published:
+            out.append((key, here, published))
+    return out
 
 
 def _changed(given: PartConfig, preset: PartConfig) -> PartConfig:

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
+from rlsys.algorithms.presets import departures
 from rlsys.cli.checks import check_config
 from rlsys.config.loading import load_config, to_yaml
 from rlsys.config.plan import Plan
@@ -23,6 +24,8 @@ def plan(path: Path, overrides: Sequence[str]) -> None:
     values = config.model_dump(mode="json") | {"algorithm": checked.algorithm}
     console.print(Syntax(to_yaml(values), "yaml", background_color="default", word_wrap=True))
     console.print(render(checked.plan))
+    for key, here, published in departures(config):
+        console.print(f"{config.algorithm.preset} was published with {key} {published}; here it is {here}.")
 
 
 def render(plan: Plan) -> Group:
