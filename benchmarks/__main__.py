@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.common import Result, write
 
-NAMES = ("generator", "learner", "driver", "weight_update", "algorithms", "shared_prefix")
+NAMES = ("generator", "learner", "driver", "weight_update", "algorithms", "shared_prefix", "prefix_cache")
 TIMEOUT_S = 900
 
 

@@ -43,6 +43,12 @@ class Ratio:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> Ratio:
+        """Seconds of bare and ours, round by round."""
+        ratios = [bare / ours for bare, ours in pairs]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
@@ -54,9 +60,8 @@ def paired(bare: Callable[[], float], ours: Callable[[], float], rounds: int) ->
     """
     bare(), ours()
     pairs = [(bare(), ours()) for _ in range(rounds)]
-    ratios = [b / o for b, o in pairs]
     return (
-        Ratio(statistics.median(ratios), min(ratios), max(ratios)),
+        Ratio.of(pairs),
         statistics.median(b for b, _ in pairs),
         statistics.median(o for _, o in pairs),
     )
@@ -68,10 +73,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def tiny_model() -> Path:
+def tiny_model(max_length: int = MAX_LENGTH) -> Path:
     """The quickstart's architecture with random weights: speed does not depend on what they are."""
     return ensure_tiny_model(
-        TinyModelConfig(warm_start=WarmStartConfig(steps=0)), MAX_LENGTH, lambda: iter(()), "benchmarks", None
+        TinyModelConfig(warm_start=WarmStartConfig(steps=0)), max_length, lambda: iter(()), "benchmarks", None
     )
 
 

@@ -31,13 +31,13 @@ def groups(model: Path, count: int, samples: int, seed: int = 0) -> list[ScoredG
     return made
 
 
-def start_rank(model: Path) -> Any:
+def start_rank(model: Path, **changes: Any) -> Any:
     """One learner rank in this process."""
     from rlsys.algorithms.compose import Algorithm
     from rlsys.learner.distributed import open_rendezvous
     from rlsys.learner.role import LearnerRank
 
-    settings = config()
+    settings = config(**changes)
     store = open_rendezvous("127.0.0.1", 60.0)
     algorithm = Algorithm.from_config(settings.algorithm)
     return LearnerRank(settings, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
