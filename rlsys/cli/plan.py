@@ -10,7 +10,6 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from rlsys.algorithms.presets import departures
 from rlsys.cli.checks import check_config
 from rlsys.config.loading import load_config, to_yaml
 from rlsys.config.plan import Plan
@@ -20,6 +19,9 @@ def plan(path: Path, overrides: Sequence[str]) -> None:
     """Print the config, the preset resolved too, then the plan. Raises UserError for what cannot work."""
     config = load_config(path, overrides)
     checked = check_config(config)
+
+    from rlsys.algorithms.presets import departures  # not before the cheap checks: it imports torch
+
     console = Console()
     values = config.model_dump(mode="json") | {"algorithm": checked.algorithm}
     console.print(Syntax(to_yaml(values), "yaml", background_color="default", word_wrap=True))
