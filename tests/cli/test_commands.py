@@ -102,7 +102,6 @@ def test_plan_counts_the_branches(rlsys: Callable, config: Path) -> None:
     assert "branches" not in done.out
 
 
-@pytest.mark.slow
 def test_plan_says_where_the_config_is_not_as_its_preset_was_published(rlsys: Callable, config: Path) -> None:
     arguments = ("plan", config, "--algorithm.preset=a-star-po")
     said = " ".join(rlsys(*arguments, "--driver.max_staleness=2").out.split())
@@ -110,6 +109,7 @@ def test_plan_says_where_the_config_is_not_as_its_preset_was_published(rlsys: Ca
     assert "driver.max_staleness 0;" not in " ".join(rlsys(*arguments, "--driver.max_staleness=0").out.split())
 
 
+@pytest.mark.slow
 def test_plan_imports_no_engine_that_runs_things(config: Path) -> None:
     program = (
         "import sys; from rlsys.cli.main import main\n"
