@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,6 +152,19 @@ class Reference(_Threaded):
         raise NotImplementedError
 
     async def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def workers(config: Config, model: Path) -> AsyncIterator[tuple[VllmGenerator, RewardWorker]]:
+    """An engine and a reward worker for any number of runs."""
+    engine, worker = VllmGenerator("generator-0", config, model), RewardWorker(config.rewards)
+    await engine.start()
+    await worker.start()
+    try:
+        yield engine, worker
+    finally:
+        await worker.close()
+        await engine.close()
 
 
 async def run(

@@ -124,19 +124,15 @@ def config(case: Case, seed: int) -> Config:
 
 
 async def run_all(todo: Sequence[tuple[Case, int]]) -> None:
+    from benchmarks.inprocess import workers
     from rlsys.models.tiny import ensure_tiny_model
     from rlsys.prompts.sums import demonstrations
-    from rlsys.rewards.worker import RewardWorker
-    from rlsys.rollouts.engine import VllmGenerator
 
     base = config(Case("", "grpo"), 0)
     assert base.model.tiny is not None
     made = (0, (2, 4), 9, 0.5)
     model = ensure_tiny_model(base.model.tiny, 64, lambda: demonstrations(*made), f"sums {made}", None)
-    engine, worker = VllmGenerator("generator-0", base, model), RewardWorker(base.rewards)
-    await engine.start()
-    await worker.start()
-    try:
+    async with workers(base, model) as (engine, worker):
         for number, (case, seed) in enumerate(todo, 1):
             started = time.monotonic()
             found = await run(case, seed, model, engine, worker)
@@ -145,9 +141,6 @@ async def run_all(todo: Sequence[tuple[Case, int]]) -> None:
                 file.write(json.dumps(found) + "\n")
             after = found["evals"][-1]["accuracy"] if found["evals"] else math.nan
             print(f"{number}/{len(todo)} {case.name} seed {seed}: {after:.3f} ({found['seconds']:.0f} s)", flush=True)
-    finally:
-        await worker.close()
-        await engine.close()
 
 
 async def run(case: Case, seed: int, model: Path, engine: Any, worker: Any) -> dict[str, Any]:
