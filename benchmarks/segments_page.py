@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Run = Mapping[str, Any]
-AXES = {"tokens": "sampled tokens", "seconds": "seconds of wall time"}
+AXES = {"tokens": "sampled tokens", "seconds": "wall time, seconds"}
 ABLATED = {  # what is compared beside the runs of the method itself, and how that one is called there
     "cutpoint interval": ("spo-chain", "every 4"),
     "continuations": ("spo-chain", "4 continuations"),
@@ -94,12 +94,17 @@ def _table(by_name: Mapping[str, Sequence[Run]], base: str) -> list[str]:
         name: {axis: [100 * accuracy_at(run, axis, ends[axis]) for run in runs] for axis in AXES}
         for name, runs in by_name.items()
     }
+    verdicts: dict[str, list[str]] = {axis: [] for axis in AXES}
     for name, values in found.items():
         runs = by_name[name]
         cells = [
             f"{_spread(values[axis])}{_mark(values[axis], found.get(base, values)[axis]) if name != base else ''}"
             for axis in AXES
         ]
+        for axis, cell in zip(AXES, cells, strict=True):
+            if base in found and cell.endswith("†"):
+                better = statistics.fmean(values[axis]) > statistics.fmean(found[base][axis])
+                verdicts[axis].append(f"`{name}` is {'better' if better else 'worse'}")
         last = [run["evals"][-1] for run in runs]
         speed = statistics.fmean([end["tokens"] / end["seconds"] for end in last])
         trained = statistics.fmean([run["trained"] / end["tokens"] for run, end in zip(runs, last, strict=True)])
@@ -107,7 +112,11 @@ def _table(by_name: Mapping[str, Sequence[Run]], base: str) -> list[str]:
         rows.append(
             f"| {name} | {len(runs)} | {before:.1f}% | {cells[0]} | {cells[1]} | {speed:,.0f} | {trained:.0%} |"
         )
-    return rows
+    said = [
+        f"at equal {label.split(', ')[0]} {', '.join(verdicts[axis]) or 'no difference is seen'}"
+        for axis, label in AXES.items()
+    ]
+    return [*rows, "", f"Beside `{base}`: {'; '.join(said)}."]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -143,6 +152,8 @@ def _plot(methods: Mapping[str, Mapping[str, Sequence[Run]]], tasks: Mapping[str
                 )
                 axis.plot(places, [statistics.fmean(v) for v in values], color=colour, lw=1.8, label=name)
             axis.set_xlabel(label)
+            axis.xaxis.set_major_formatter(lambda place, _: f"{place:,.0f}")
+            axis.locator_params(axis="x", nbins=5)
             axis.grid(alpha=0.3)
         row[0].set_ylabel("accuracy, %")
         row[0].set_title(tasks[task].title, fontsize=10, loc="left")
