@@ -291,6 +291,11 @@ def _choices(config: Config) -> list[str]:
             f"reference.update: {config.reference.update} needs weights.engine: object_store, from where the reference "
             "takes the policy's weights"
         )
+    if config.weights.kv_cache == "share" and config.driver.max_staleness == 0:
+        problems.append(
+            "weights.kv_cache: share lets requests begin with what older weights read, which driver.max_staleness: 0 "
+            "rules out; use recompute, or a bound of 1 or more"
+        )
     if config.weights.engine == "nccl" and not gpu:
         problems.append("weights.engine: nccl needs profile: gpu; on profile cpu use object_store")
     if not gpu:

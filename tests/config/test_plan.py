@@ -115,6 +115,11 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
             {},
             r"reference\.update: every needs weights\.engine: object_store",
         ),
+        (
+            ["--weights.kv_cache=share", "--driver.max_staleness=0"],
+            {},
+            r"kv_cache: share .*max_staleness: 0 rules out",
+        ),
         (["--rollout.engine.tensor_parallel=2"], {}, r"rollout\.engine\.tensor_parallel needs profile: gpu"),
         (["--learner.offload=true", "--learner.zero_stage=2"], {}, r"learner\.offload needs profile: gpu"),
         (["--model.path=somewhere"], {}, r"model\.path or model\.tiny: both are given"),
