@@ -189,7 +189,7 @@ async def run_all(task: Task, todo: Sequence[tuple[Case, int]]) -> None:
 
     base = config(todo[0][0], 0)
     assert base.model.tiny is not None
-    model = ensure_tiny_model(base.model.tiny, task.max_length, task.demonstrations, f"segments {task.name}", None)
+    model = ensure_tiny_model(base.model.tiny, task.max_length, task.demonstrations, f"segments {task.train}", None)
     async with workers(base, model) as (engine, worker):
         for number, (case, seed) in enumerate(todo, 1):
             started = time.monotonic()
