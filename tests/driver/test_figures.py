@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from rlsys.driver.evaluation import summarize
-from rlsys.driver.progress import _batch_metrics
+from rlsys.driver.progress import Recorder, _batch_metrics
 from rlsys.metrics import reduce
+from rlsys.roles import StepReport
+from rlsys.sim.drive import RecordingTracker
 from rlsys.types import GroupInfo, Prompt, Rollout, RolloutGroup, VersionSpan, group_info
 
 NAN = math.nan
@@ -32,6 +35,22 @@ def test_groups_with_a_signal_have_scores_that_differ() -> None:
     found = reduce(_batch_metrics(groups))
     assert found["groups/with_signal"] == pytest.approx(1 / 3), "the last has no score at all"
     assert found["rollout/distinct_3"] == pytest.approx(0.6 / 4)
+
+
+def test_old_states_of_prompts_and_branches_add_up() -> None:
+    prompt = Prompt("p/0@0", 0, np.array([1], np.int32), "?", "t", None, seed=0)
+    infos = [group_info(RolloutGroup(prompt, (), "g", old_states=tokens)) for tokens in (128, 0, 256)]
+
+    async def step() -> dict[str, float]:
+        recorder = Recorder(tracker := RecordingTracker())
+        recorder.begin()
+        recorder.begin_step()
+        for found in infos:
+            recorder.generated(found)
+        recorder.step(StepReport(1, {}, 0, 0.0), [info(0.0, 1.0)], {}, 0, 0)
+        return dict(tracker.steps[0][1])
+
+    assert asyncio.run(step())["tokens/old_states"] == 384
 
 
 def test_distinct_3_counts_different_sequences_of_three() -> None:
