@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ _ROWS_LOOKED_AT = 256  # for the longest prompt
 class Checked:
     plan: Plan
     algorithm: dict[str, Any]  # the preset with the config's changes, every option with its value
+    departures: Sequence[tuple[str, Any, Any]]  # from what the preset wants elsewhere: (key, here, as published)
 
 
 def check_config(config: Config) -> Checked:
@@ -41,6 +43,7 @@ def check_config(config: Config) -> Checked:
         check_folder(config.reference.average_with, tokenizer=False)
 
     from rlsys.algorithms.compose import Algorithm
+    from rlsys.algorithms.presets import departures
     from rlsys.algorithms.rollout import bound_strategy
 
     algorithm = Algorithm.from_config(config.algorithm)
@@ -100,7 +103,7 @@ def check_config(config: Config) -> Checked:
     )
     plan = make_plan(config, facts, machine)
     plan.check()
-    return Checked(plan, algorithm.resolved())
+    return Checked(plan, algorithm.resolved(), departures(config))
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from rlsys.cli.checks import check_config
+from rlsys.cli.checks import Checked, check_config
 from rlsys.config.loading import load_config, to_yaml
 from rlsys.config.plan import Plan
 
@@ -19,20 +19,22 @@ def plan(path: Path, overrides: Sequence[str]) -> None:
     """Print the config, the preset resolved too, then the plan. Raises UserError for what cannot work."""
     config = load_config(path, overrides)
     checked = check_config(config)
-
-    from rlsys.algorithms.presets import departures  # not before the cheap checks: it imports torch
-
     console = Console()
     values = config.model_dump(mode="json") | {"algorithm": checked.algorithm}
     console.print(Syntax(to_yaml(values), "yaml", background_color="default", word_wrap=True))
-    console.print(render(checked.plan))
-    for key, here, published in departures(config):
-        console.print(f"{config.algorithm.preset} was published with {key} {published}; here it is {here}.")
+    console.print(render(checked))
 
 
-def render(plan: Plan) -> Group:
-    """Two tables: the arithmetic, and the workers with the memory they take."""
-    return Group(Panel(_arithmetic(plan), title="One step", title_align="left"), _workers(plan))
+def render(checked: Checked) -> Group:
+    """The arithmetic, the workers with the memory they take, and what the preset's paper did otherwise."""
+    return Group(
+        Panel(_arithmetic(checked.plan), title="One step", title_align="left"),
+        _workers(checked.plan),
+        *(
+            f"{checked.algorithm['preset']} was published with {key} {published}; here it is {here}."
+            for key, here, published in checked.departures
+        ),
+    )
 
 
 def _arithmetic(plan: Plan) -> Table:

@@ -32,7 +32,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     checked = check_config(config)
     try:
         with open_run_dir(config) as run_dir, console_of(config, run_dir) as console, log_to(run_dir, console):
-            console.show(render(checked.plan))
+            console.show(render(checked))
             model_path = ensure_model(config, console)
             trackers = open_trackers(config, run_dir, console)
             console.note("starting the workers")
