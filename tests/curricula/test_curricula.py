@@ -231,6 +231,8 @@ def test_prompts_nearest_to_the_target_are_drawn() -> None:
     assert found == {"curriculum/predicted": 0.5, "curriculum/prediction_error": 0.5}
     part.judged({1: 0.5})
     assert part.predicted == {1: 0.5}, "what was judged before is forgotten"
+    part.judged({8: -0.5})
+    assert [c.row for c in part.choose([2], Progress(0, 1))] == [8], "before those that nobody judged"
 
 
 # ---- stages ----
