@@ -21,7 +21,11 @@ from rlsys.errors import ConfigError, DataError, EngineError, WeightUpdateError,
 from rlsys.roles import Probe, PublishedWeights, Sampling
 from rlsys.rollouts.engine import VllmGenerator
 from rlsys.rollouts.settings import engine_args
-from rlsys.types import Prompt, RolloutGroup
+from rlsys.segments import Strategy
+from rlsys.segments.partitions.fixed_length import FixedLength
+from rlsys.segments.strategies.chain import Chain
+from rlsys.segments.strategies.tree import Tree
+from rlsys.types import Prompt, Reward, RolloutGroup, ScoredGroup
 from rlsys.weights.vllm_plugin import BACKEND
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -218,6 +222,31 @@ async def test_a_shared_cache_says_how_much_of_a_prompt_older_weights_have_read(
     assert sharing.worst(fresh) <= TOLERANCE
     assert sharing.worst(after) > 10 * TOLERANCE
     await running
+
+
+@pytest.mark.parametrize("made", [Chain(continuations=2), Tree(breadth=(2, 2, 2), segment_tokens=60)])
+async def test_every_token_of_chains_and_trees_has_the_logprob_of_its_version(
+    engine: Setting, make_prompts: Callable[..., list[Prompt]], made: Strategy
+) -> None:
+    """With an update in the middle of every round: what is joined is of up to four versions."""
+    made.bind(FixedLength(tokens=45), 180)
+    (prompt,), sampling = make_prompts(1, seed=6), Sampling(n=2, max_new_tokens=180, ignore_eos=True)
+    wanted, rounds = [(prompt, made.first(sampling))], []
+    while wanted:
+        weights = engine.trainer.publish()
+        running = [task for p, s in wanted for task in await engine.generator.generate([p], s)]
+        await engine.sample(make_prompts(1, seed=7), Sampling(n=1, max_new_tokens=10, ignore_eos=True))
+        await engine.generator.update(weights)
+        rounds.append(list(await asyncio.gather(*running)))
+        wanted = [
+            (branch.prompt, replace(sampling, n=branch.n, max_new_tokens=branch.max_new_tokens))
+            for branch in made.branch(rounds)
+        ]
+    scored = [ScoredGroup(group, (Reward("ok", 1.0),) * len(group.rollouts)) for group in made.to_score(rounds)]
+    group = made.assemble(rounds, scored).group
+    assert all(len(rollout.token_ids) == 180 for rollout in group.rollouts)
+    assert max(len(rollout.version_spans) for rollout in group.rollouts) == (4 if isinstance(made, Tree) else 2)
+    assert engine.worst([group, *itertools.chain(*rounds)]) <= TOLERANCE
 
 
 async def test_seeds_reproduce_samples(engine: Setting, make_prompts: Callable[..., list[Prompt]]) -> None:
