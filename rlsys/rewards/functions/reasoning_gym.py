@@ -24,6 +24,8 @@ class ReasoningGym(RewardFunction):
 
     # The answer is what the last <tag>...</tag> holds, nothing without one; null: the whole response, stripped.
     tag: str | None = None
+    # Without it a score below 1 is 0. Scorers that give some for an answer with the right one inside pay for more text.
+    partial_credit: bool = True
 
     def prepare(self) -> None:
         import reasoning_gym  # noqa: F401  (seconds to import: now rather than at the first sample)
@@ -35,7 +37,8 @@ class ReasoningGym(RewardFunction):
             if key not in sample.metadata:
                 raise ValueError(f"the prompt is not from a reasoning_gym source: its metadata has no {key!r}")
         scorer = self._scorer(sample.metadata["dataset"], sample.metadata["parameters"])
-        return scorer(self._answer(sample.response), sample.metadata["entry"])
+        score = scorer(self._answer(sample.response), sample.metadata["entry"])
+        return score if self.partial_credit or score == 1 else 0.0
 
     def _answer(self, response: str) -> str | None:
         if self.tag is None:
