@@ -90,11 +90,11 @@ TASKS = {
         ),
         Task(
             "chain_sum",
-            "reasoning-gym's chain_sum of three to five terms",
+            "reasoning-gym's chain_sum of three to five terms, with its partial credit",
             {"kind": "reasoning_gym", "dataset": "chain_sum", "parameters": CHAIN_SUM, "size": 20_000},
             {"kind": "reasoning_gym", "dataset": "chain_sum", "parameters": CHAIN_SUM, "size": 1_000, "seed": 1},
-            {"name": "correct", "kind": "reasoning_gym", "options": {"tag": "a", "partial_credit": False}},
-            *(128, 32, WARM_START | {"steps": 350}, chain_sums),
+            {"name": "correct", "kind": "reasoning_gym", "options": {"tag": "a"}},
+            *(128, 32, WARM_START, chain_sums),
         ),
     )
 }
