@@ -90,7 +90,7 @@ TASKS = {
         ),
         Task(
             "chain_sum",
-            "reasoning-gym's chain_sum of three to five terms, with its partial credit",
+            "reasoning-gym's chain_sum of three to five terms",
             {"kind": "reasoning_gym", "dataset": "chain_sum", "parameters": CHAIN_SUM, "size": 20_000},
             {"kind": "reasoning_gym", "dataset": "chain_sum", "parameters": CHAIN_SUM, "size": 1_000, "seed": 1},
             {"name": "correct", "kind": "reasoning_gym", "options": {"tag": "a"}},

@@ -22,6 +22,8 @@ ABLATED = {  # what is compared beside the runs of the method itself, and how th
 def write(runs: Sequence[Run], tasks: Mapping[str, Any], page: Path) -> None:
     """Nothing without runs."""
     whole = [run for run in runs if not run["error"]]
+    names = list(dict.fromkeys(run["name"] for run in whole))
+    whole.sort(key=lambda run: names.index(run["name"]))  # one order, and one colour, for all tasks
     methods = {
         task: _by_name([run for run in whole if run["task"] == task and run["group"] == "methods"]) for task in tasks
     }
@@ -41,7 +43,8 @@ def write(runs: Sequence[Run], tasks: Mapping[str, Any], page: Path) -> None:
         "(over the square root of the updates in a step), bound on staleness 1, no KL, PPO's clip of 0.2 (for RLOO, "
         "too, which loses accuracy without it at this staleness), temperature 1 for all; the real "
         "driver, vLLM, reward worker and DeepSpeed learner, in one process on two cores, where prefixes are too short "
-        "for the prefix cache to hold. ± is the standard deviation over the seeds, † a difference to the first line of "
+        "for the prefix cache to hold. Chain_sum is scored as the library does, with partial credit for an answer that "
+        "has the right one in it, so its percentages are mean scores. ± is the standard deviation over the seeds, † a difference to the first line of "
         "more than two standard errors.",
         "",
         "![accuracy over tokens and time](segments.png)",
