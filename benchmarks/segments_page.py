@@ -11,6 +11,7 @@ from typing import Any
 
 Run = Mapping[str, Any]
 AXES = {"tokens": "sampled tokens", "seconds": "wall time, seconds"}
+FEWEST = 3  # runs of which a difference may be said to be one
 ABLATED = {  # what is compared beside the runs of the method itself, and how that one is called there
     "cutpoint interval": ("spo-chain", "every 4"),
     "continuations": ("spo-chain", "4 continuations"),
@@ -44,8 +45,8 @@ def write(runs: Sequence[Run], tasks: Mapping[str, Any], page: Path) -> None:
         "too, which loses accuracy without it at this staleness), temperature 1 for all; the real "
         "driver, vLLM, reward worker and DeepSpeed learner, in one process on two cores, where prefixes are too short "
         "for the prefix cache to hold. Chain_sum is scored as the library does, with partial credit for an answer that "
-        "has the right one in it, so its percentages are mean scores. ± is the standard deviation over the seeds, † a difference to the first line of "
-        "more than two standard errors.",
+        "has the right one in it, so its percentages are mean scores. ± is the standard deviation over the seeds, † a "
+        f"difference to the first line of more than two standard errors, where there are {FEWEST} runs or more.",
         "",
         "![accuracy over tokens and time](segments.png)",
     ]
@@ -57,7 +58,8 @@ def write(runs: Sequence[Run], tasks: Mapping[str, Any], page: Path) -> None:
         if found and base:
             seeds = {run["seed"] for runs in found.values() for run in runs}
             compared = {own: [run for run in base if run["seed"] in seeds], **found}
-            lines += ["", f"## {group.capitalize()} ({method}, sums)", "", *_table(compared, own)]
+            # Not in seconds: these run after the methods, on a machine that may have become slower or faster.
+            lines += ["", f"## {group.capitalize()} ({method}, sums)", "", *_table(compared, own, ["tokens"])]
     if broken := [
         f"- `{run['task']} {run['name']}` seed {run['seed']}: {run['error']}" for run in runs if run["error"]
     ]:
@@ -86,25 +88,25 @@ def _by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return out
 
 
-def _table(by_name: Mapping[str, Sequence[Run]], base: str) -> list[str]:
-    ends = {axis: shortest(by_name, axis) for axis in AXES}
-    rows = [
-        f"| | runs | before | after {ends['tokens']:,.0f} tokens | after {ends['seconds']:.0f} s | tokens a second "
-        "| trained, of sampled |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def _table(by_name: Mapping[str, Sequence[Run]], base: str, axes: Sequence[str] = tuple(AXES)) -> list[str]:
+    """One column for each of `axes`; the speed where one is of seconds."""
+    ends = {axis: shortest(by_name, axis) for axis in axes}
+    timed = "seconds" in axes
+    heads = ["", "runs", "before", *(f"after {ends[axis]:,.0f} {axis}" for axis in axes)]
+    heads += ["tokens a second"] * timed + ["trained, of sampled"]
+    rows = [_row(heads), _row(["---"] * len(heads))]
     found = {
-        name: {axis: [100 * accuracy_at(run, axis, ends[axis]) for run in runs] for axis in AXES}
+        name: {axis: [100 * accuracy_at(run, axis, ends[axis]) for run in runs] for axis in axes}
         for name, runs in by_name.items()
     }
-    verdicts: dict[str, list[str]] = {axis: [] for axis in AXES}
+    verdicts: dict[str, list[str]] = {axis: [] for axis in axes}
     for name, values in found.items():
         runs = by_name[name]
         cells = [
             f"{_spread(values[axis])}{_mark(values[axis], found.get(base, values)[axis]) if name != base else ''}"
-            for axis in AXES
+            for axis in axes
         ]
-        for axis, cell in zip(AXES, cells, strict=True):
+        for axis, cell in zip(axes, cells, strict=True):
             if base in found and cell.endswith("†"):
                 better = statistics.fmean(values[axis]) > statistics.fmean(found[base][axis])
                 verdicts[axis].append(f"`{name}` is {'better' if better else 'worse'}")
@@ -112,14 +114,17 @@ def _table(by_name: Mapping[str, Sequence[Run]], base: str) -> list[str]:
         speed = statistics.fmean([end["tokens"] / end["seconds"] for end in last])
         trained = statistics.fmean([run["trained"] / end["tokens"] for run, end in zip(runs, last, strict=True)])
         before = 100 * statistics.fmean([run["evals"][0]["accuracy"] for run in runs])
-        rows.append(
-            f"| {name} | {len(runs)} | {before:.1f}% | {cells[0]} | {cells[1]} | {speed:,.0f} | {trained:.0%} |"
-        )
+        rows.append(_row([name, len(runs), f"{before:.1f}%", *cells, *[f"{speed:,.0f}"] * timed, f"{trained:.0%}"]))
+    if min(map(len, by_name.values())) < FEWEST:
+        return rows
     said = [
-        f"at equal {label.split(', ')[0]} {', '.join(verdicts[axis]) or 'no difference is seen'}"
-        for axis, label in AXES.items()
+        f"at equal {AXES[axis].split(', ')[0]} {', '.join(verdicts[axis]) or 'no difference is seen'}" for axis in axes
     ]
     return [*rows, "", f"Beside `{base}`: {'; '.join(said)}."]
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -127,7 +132,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _mark(values: Sequence[float], base: Sequence[float]) -> str:
-    if len(values) < 2 or len(base) < 2:
+    if min(len(values), len(base)) < FEWEST:
         return ""
     error = math.sqrt(statistics.variance(values) / len(values) + statistics.variance(base) / len(base))
     return " †" if abs(statistics.fmean(values) - statistics.fmean(base)) > 2 * error else ""

@@ -30,12 +30,23 @@ def test_between_evaluations_accuracy_is_on_the_line() -> None:
 
 
 def test_all_are_compared_where_the_shortest_ends(tmp_path: Path) -> None:
-    runs = [run("grpo", seed, 100, 0.2 + 0.01 * seed) for seed in (0, 1)]
-    runs += [run("spo-tree", seed, 200, 0.6 + 0.01 * seed) for seed in (0, 1)]
-    by_name = {"grpo": runs[:2], "spo-tree": runs[2:]}
+    runs = [run("grpo", seed, 100, 0.2 + 0.01 * seed) for seed in (0, 1, 2)]
+    runs += [run("spo-tree", seed, 200, 0.6 + 0.01 * seed) for seed in (0, 1, 2)]
+    by_name = {"grpo": runs[:3], "spo-tree": runs[3:]}
     assert (shortest(by_name, "tokens"), shortest(by_name, "seconds")) == (200, 4)
     write(runs, TASKS, tmp_path / "segments.md")
     text = (tmp_path / "segments.md").read_text()
     # After 200 tokens a tree is at its first evaluation; after 4 seconds at its last.
-    assert "| spo-tree | 2 | 10.0% | 20.0% ± 0.0 | 60.5% ± 0.7 † | 100 | 50% |" in text
+    assert "| spo-tree | 3 | 10.0% | 20.0% ± 0.0 | 61.0% ± 1.0 † | 100 | 50% |" in text
     assert "at equal sampled tokens no difference is seen; at equal wall time `spo-tree` is better." in text
+
+
+def test_two_runs_are_no_evidence_and_what_varies_one_method_is_not_timed(tmp_path: Path) -> None:
+    runs = [run("spo-tree", seed, 100, 0.4) for seed in (0, 1)]
+    runs += [run("16", seed, 100, 0.6) | {"group": "tree shape"} for seed in (0, 1)]
+    write(runs, TASKS, tmp_path / "segments.md")
+    _, shapes = (tmp_path / "segments.md").read_text().split("## Tree shape")
+    assert "| 4-4 | 2 | 10.0% | 40.0% ± 0.0 | 50% |" in shapes
+    assert "| 16 | 2 | 10.0% | 60.0% ± 0.0 | 50% |" in shapes
+    assert "second" not in shapes
+    assert "Beside" not in shapes
