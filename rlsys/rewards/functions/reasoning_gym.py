@@ -24,7 +24,7 @@ class ReasoningGym(RewardFunction):
 
     # The answer is what the last <tag>...</tag> holds, nothing without one; null: the whole response, stripped.
     tag: str | None = None
-    # Without it a score below 1 is 0. Scorers that give some for an answer with the right one inside pay for more text.
+    # false: a score below 1 is 0. Some scorers pay part of it for an answer with the right one inside, as "-21" for 21.
     partial_credit: bool = True
 
     def prepare(self) -> None:
