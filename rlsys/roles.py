@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from rlsys.metrics import Metric
 from rlsys.types import GroupInfo, Prompt
+
+if TYPE_CHECKING:
+    from rlsys.config.models import Config
 
 Handle = Any  # Handle[X]: an X, or a reference to one
 
@@ -130,30 +133,50 @@ class TrainItem:
     reference: Handle | None  # of Reference.logprobs' result; None when not needed
 
 
-class Generator(Protocol):
-    """One engine. Calls may overlap."""
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """One process of a role: for the report of a death or a hang."""
 
-    name: str
+    worker: str  # such as "learner-1"
+    node: str  # address of its node
+    pid: int
+    stacks: str  # Python stacks of it and of its children; "" where it has ended
+    output: str  # the last lines that it printed
+
+
+class Role(Protocol):
+    """What can be asked of every role, also while it works on something else."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def progress(self) -> int:
+        """How much it has done; that it answers is a sign of life. Raises WorkerDied."""
+        ...
+
+    async def inspect(self) -> Sequence[ProcessReport]:
+        """What its processes are doing, or printed last. Raises nothing for a process that is gone."""
+        ...
+
+    async def close(self) -> None:
+        """End it, whatever state it is in. Closing twice is closing once."""
+        ...
+
+
+class Generator(Role, Protocol):
+    """One engine. Calls may overlap. Its progress is the number of tokens sampled: a lease is alive while it moves."""
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Sequence[Awaitable[Generated]]:
         """Start sampling every prompt; return one awaitable of `Generated` per prompt, in order."""
-        ...
-
-    async def progress(self) -> int:
-        """Tokens sampled since the engine started: a lease is alive while this number moves."""
         ...
 
     async def update(self, weights: PublishedWeights) -> UpdateReport:
         """Take a version; requests that are running go on under it. Verifies the checksum and the probe."""
         ...
 
-    async def close(self) -> None: ...
 
-
-class Rewarder(Protocol):
+class Rewarder(Role, Protocol):
     """One reward worker."""
-
-    name: str
 
     async def branch(self, rounds: Sequence[Sequence[Handle]]) -> Sequence[Branch]:
         """What is to be sampled next, after these rounds of groups; nothing when that was all.
@@ -166,10 +189,8 @@ class Rewarder(Protocol):
         """Score a group, with everything that was branched off it. What is not for training has no branches."""
         ...
 
-    async def close(self) -> None: ...
 
-
-class Reference(Protocol):
+class Reference(Role, Protocol):
     async def logprobs(self, group: Handle) -> Handle:
         """Handle of a tuple with one float32 [T] array per rollout of the scored group."""
         ...
@@ -186,10 +207,8 @@ class Reference(Protocol):
         """Load what `save` wrote; return the version of the newest policy weights in it, 0: none yet."""
         ...
 
-    async def close(self) -> None: ...
 
-
-class Learner(Protocol):
+class Learner(Role, Protocol):
     """The learner group, all ranks behind one handle."""
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport: ...
@@ -202,28 +221,31 @@ class Learner(Protocol):
         """The critic's value at the end of each prompt."""
         ...
 
-    async def save(self, directory: Path) -> None:
-        """Write model, optimizer, schedule, RNG and every stateful part below `directory` (already private)."""
+    async def save(self, directory: Path) -> Awaitable[None]:
+        """Copy model, optimizer, schedule, RNG and every stateful part; later steps cannot change the copy.
+
+        What this returns is done when the copy is written below `directory` (already private).
+        """
         ...
 
     async def load(self, directory: Path) -> int:
         """Load what `save` wrote; return the version."""
         ...
 
-    async def close(self) -> None: ...
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Roles:
-    """Everything the driver works with. `spawn_*` start one worker; the driver calls them again after a death."""
+    """How the driver gets what it works with: `spawn_*` start a role, the first time and after every death.
 
-    generators: list[Generator]
-    rewarders: list[Rewarder]
-    learner: Learner
-    reference: Reference | None
+    A generator and a reward worker are started by name; the learner with the config that it is to have, whose number
+    of ranks may change in the course of a run. There is no reference where the algorithm needs none.
+    """
+
     store: RolloutStore
     spawn_generator: Callable[[str], Awaitable[Generator]]
     spawn_rewarder: Callable[[str], Awaitable[Rewarder]]
+    spawn_learner: Callable[[Config], Awaitable[Learner]]
+    spawn_reference: Callable[[], Awaitable[Reference]] | None
 
 
 class RolloutStore(Protocol):
@@ -233,8 +255,17 @@ class RolloutStore(Protocol):
         """Write a scored group durably, before it counts as buffered."""
         ...
 
-    async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
-        """Move groups from the buffered ones to their final file: fate "trained" or "dropped: reason"."""
+    async def settled(
+        self, prompt_ids: Sequence[str], fate: str, step: int, reference: Sequence[Handle | None] = ()
+    ) -> None:
+        """Move groups from the buffered ones to their final file: fate "trained" or "dropped: reason".
+
+        `reference` has their reference log-probs, where there are any.
+        """
+        ...
+
+    async def load(self, prompt_ids: Sequence[str], step: int) -> Sequence[TrainItem]:
+        """Groups settled at a step, in the given order. Raises DataError when one of them is not there any more."""
         ...
 
     async def discard(self, prompt_ids: Sequence[str]) -> None:
@@ -291,6 +322,10 @@ class Tracker(Protocol):
 
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         """Something that took time, for the timeline; `lane` is the worker, such as "generator-0" or "learner"."""
+        ...
+
+    def incident(self, title: str, text: str) -> None:
+        """A worker died or hangs: for whoever watches the run."""
         ...
 
     def resumed(self, step: int) -> None:

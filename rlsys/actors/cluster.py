@@ -1,4 +1,4 @@
-"""Start every role of a run as Ray actors, and end them all again.
+"""The means to start every role of a run as Ray actors, and their end.
 
 `start_roles` is the only place that knows where things run. It gives the driver a `Roles`, which has no trace of Ray
 in it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from rlsys.actors.rewards import start_rewarder
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
-from rlsys.errors import first_of
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles
 
@@ -59,10 +58,8 @@ async def put(value: Any) -> Any:
 
 @asynccontextmanager
 async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncIterator[Roles]:
-    """All roles of a run, started side by side; closed, and the private cluster ended, on the way out.
-
-    Raises the first role's failure, after closing those that had started.
-    """
+    """The means to start the roles of a run. Whatever was started is closed, and the private cluster ended, on the way
+    out."""
     algorithm = Algorithm.from_config(config.algorithm)
     needs, strategy = algorithm.needs, bound_strategy(algorithm, config, model_path)
     start_cluster(config)
@@ -79,27 +76,19 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
     async def spawn_rewarder(name: str) -> Any:
         return await keep(start_rewarder(name, config.rewards, strategy))
 
+    async def spawn_learner(shape: Config) -> Any:
+        return await keep(start_learner(shape, model_path))
+
+    async def spawn_reference() -> Any:
+        return await keep(start_reference(config, model_path))
+
     try:
-        try:
-            async with asyncio.TaskGroup() as group:
-
-                def begin(starting: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-                    return group.create_task(starting)
-
-                learner = begin(keep(start_learner(config, model_path)))
-                generators = [begin(spawn_generator(f"generator-{i}")) for i in range(config.rollout.generators)]
-                rewarders = [begin(spawn_rewarder(f"rewarder-{i}")) for i in range(config.rewards.workers)]
-                reference = begin(keep(start_reference(config, model_path))) if needs.reference else None
-        except BaseExceptionGroup as failures:
-            raise first_of(failures) from None
         yield Roles(
-            generators=[task.result() for task in generators],
-            rewarders=[task.result() for task in rewarders],
-            learner=learner.result(),
-            reference=reference.result() if reference else None,
             store=RolloutStore(run_dir / "rollouts", fetch, put),
             spawn_generator=spawn_generator,
             spawn_rewarder=spawn_rewarder,
+            spawn_learner=spawn_learner,
+            spawn_reference=spawn_reference if needs.reference else None,
         )
     finally:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):

@@ -311,6 +311,13 @@ class DriverConfig(Strict):
     prompts_per_step: PositiveInt = 64
     max_staleness: NonNegativeInt = Field(1, description="Bound S in weight versions. 0: synchronous, deterministic.")
     max_groups_in_flight: PositiveInt | None = Field(None, description="null: as the staleness bound allows.")
+    restarts: NonNegativeInt = Field(
+        3,
+        description="Restarts in a row without progress before a role, or with --supervise the driver, is given up.",
+    )
+    silence_timeout_s: PositiveFloat = Field(
+        60.0, description="A process that gives no sign of life for so long is given up and restarted."
+    )
 
 
 class EvalConfig(Strict):

@@ -74,6 +74,10 @@ class Checkpoints:
         (aside / LEARNER).mkdir(parents=True)
         return aside / LEARNER
 
+    def place(self, version: int, part: str) -> Path:
+        """Where another part of the checkpoint that was begun is saved."""
+        return self._aside(version) / part
+
     def commit(self, manifest: Manifest) -> Path:
         """Make it a checkpoint, and remove all but the newest ones."""
         aside = self._aside(manifest.version)

@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlsys.driver.generators import GeneratorPool, Request
 from rlsys.driver.progress import Recorder
+from rlsys.driver.rewarders import RewarderPool, Rounds
 from rlsys.driver.waiting import within
 from rlsys.driver.weights import WeightRollout
-from rlsys.driver.workers import GeneratorPool, Request, RewarderPool, Rounds, WorkFailed
+from rlsys.driver.workers import WorkFailed
 from rlsys.errors import EngineError
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Sampling
@@ -90,7 +92,9 @@ class Evaluator:
     async def _score(self, generating: asyncio.Future[Any]) -> GroupInfo | None:
         try:
             generated, _ = await generating
-            [scoring] = self._rewarders.submit([Rounds([[generated.payload]], training=False)])
+            [scoring] = self._rewarders.submit(
+                [Rounds(generated.info.prompt_id, [[generated.payload]], training=False)]
+            )
             scored, _ = await scoring
         except WorkFailed as error:
             logger.warning("a prompt of the evaluation is left out: %s", error)

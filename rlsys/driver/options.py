@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlsys.config.models import Config
-from rlsys.driver.workers import PoolEvents, PoolOptions
+from rlsys.driver.workers import PoolOptions, WorkerEvents
 from rlsys.roles import Sampling
 from rlsys.segments import Strategy
 
@@ -36,7 +36,7 @@ def evaluation_sampling(config: Config) -> Sampling:
     )
 
 
-def generator_options(config: Config, events: PoolEvents) -> PoolOptions:
+def generator_options(config: Config, events: WorkerEvents) -> PoolOptions:
     rollout = config.rollout
     # Twice what an engine runs at once keeps it busy and leaves the rest for whoever is free first. With a bound of 0 a
     # batch is handed over whole.
@@ -44,14 +44,16 @@ def generator_options(config: Config, events: PoolEvents) -> PoolOptions:
     return PoolOptions(
         kind="generator",
         patience=rollout.stall_timeout_s,
+        silence=config.driver.silence_timeout_s,
         start_timeout_s=rollout.start_timeout_s,
         attempts=rollout.attempts,
         capacity=None if config.driver.max_staleness == 0 else 2 * at_once,
+        whole=config.driver.max_staleness == 0,
         events=events,
     )
 
 
-def rewarder_options(config: Config, events: PoolEvents, strategy: Strategy | None = None) -> PoolOptions:
+def rewarder_options(config: Config, events: WorkerEvents, strategy: Strategy | None = None) -> PoolOptions:
     rewards, samples = config.rewards, config.rollout.samples_per_prompt
     if strategy is not None and strategy.branches:
         samples = max(samples, round(strategy.expected_tokens(samples) / config.rollout.max_new_tokens))
@@ -60,6 +62,7 @@ def rewarder_options(config: Config, events: PoolEvents, strategy: Strategy | No
     return PoolOptions(
         kind="rewarder",
         patience=calls * rewards.timeout_s + REWARD_MARGIN_S,
+        silence=config.driver.silence_timeout_s,
         start_timeout_s=rewards.start_timeout_s,
         attempts=config.rollout.attempts,
         events=events,

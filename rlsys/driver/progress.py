@@ -49,6 +49,7 @@ class Recorder:
         tokens/generated, trained           in this step; .._per_s: over the time since the step before
         tokens/old_states                   of prompts and branches, with states from a cache that older weights
                                             may have filled (`weights.kv_cache: share`)
+        restarts/ROLE                       lost since the step before: generator, rewarder, learner, reference
         reference/version                   newest policy weights that the reference has taken in, where it moves
         time/step_s, learner_s              since the step before; in the learner
         wait/learner_for_rollouts_s         the learner had no batch
@@ -109,6 +110,10 @@ class Recorder:
         self._add("groups/dropped", Sum(1))
         if info is not None:
             self._add("groups/dropped_length", Mean.of(info.lengths))
+
+    def restarted(self, worker: str) -> None:
+        """A role was lost, and is being restarted."""
+        self._add(f"restarts/{worker.partition('-')[0]}", Sum(1))
 
     def waited(self, seconds: float) -> None:
         """The learner waited for a batch."""

@@ -11,15 +11,17 @@ class _Worker:
     outstanding: int = 0
     failures: int = 0  # in a row
     not_before: float = -math.inf
+    retired: bool = False
 
 
 class Router:
     """Sends work to the healthy worker with the most free capacity, and never into a failing one.
 
-    A worker is in one of three states:
+    A worker is in one of four states:
 
         absent   not there, or dead: gets nothing until `joined` (again)
         resting  failed `failures` times in a row: gets nothing for `backoff * 2**(failures - 1)` s, at most `longest`
+        retired  gets nothing, and goes when its work is done
         ready    gets work while fewer than `capacity` pieces are outstanding (None: no limit)
 
     Invariants: work goes to ready workers only; outstanding never exceeds capacity nor falls below 0; the choice
@@ -53,6 +55,10 @@ class Router:
         """The worker is gone, and all of its work with it."""
         self._workers.pop(worker, None)
 
+    def retire(self, worker: str, retired: bool = True) -> None:
+        """Give the worker no more work, or (False) think better of it."""
+        self._workers[worker].retired = retired
+
     def failed(self, worker: str, now: float) -> None:
         """A piece of work came back as failed, by the fault of the worker."""
         state = self._release(worker)
@@ -81,13 +87,25 @@ class Router:
         ready = [
             (state.outstanding, name)
             for name, state in self._workers.items()
-            if state.not_before <= now and (self.capacity is None or state.outstanding < self.capacity)
+            if self._ready(state, now) and (self.capacity is None or state.outstanding < self.capacity)
         ]
         if not ready:
             return None
         _, name = min(ready)
         self._workers[name].outstanding += 1
         return name
+
+    def choose_idle(self, now: float, pieces: int) -> str | None:
+        """A worker without work for so many pieces together, however many that are; None when there is none."""
+        idle = [n for n, state in self._workers.items() if self._ready(state, now) and not state.outstanding]
+        if not idle:
+            return None
+        self._workers[min(idle)].outstanding = pieces
+        return min(idle)
+
+    @staticmethod
+    def _ready(state: _Worker, now: float) -> bool:
+        return state.not_before <= now and not state.retired
 
     def next_change(self, now: float) -> float | None:
         """When the next resting worker becomes ready; None when none is resting."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlsys.driver.generators import GeneratorPool
 from rlsys.driver.waiting import Bell
-from rlsys.driver.workers import GeneratorPool
 from rlsys.errors import EngineError, WorkerDied
 from rlsys.roles import PublishedWeights
 

@@ -4,43 +4,29 @@
                       ^                                 |
                       +---- another attempt <-----------+ died, stalled, or failed at this piece of work
 
-The decisions are the router's and the leases'; this module does what they say.
+The decisions are the router's, the leases' and the restarts'; this module does what they say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlsys.driver.leases import Leases
+from rlsys.driver.restarts import Restarts, W, bring_up, end, inspected
 from rlsys.driver.router import Router
 from rlsys.driver.waiting import within
-from rlsys.errors import EngineError, RlsysError, UserError, WeightUpdateError, WorkerDied, WorkerStalled
-from rlsys.roles import Generated, Generator, Handle, PublishedWeights, Rewarder, Sampling, UpdateReport
-from rlsys.types import Prompt
+from rlsys.errors import EngineError, RlsysError, WorkerDied, WorkerStalled
+from rlsys.roles import ProcessReport
 
-logger = logging.getLogger(__name__)
-
-CLOSE_TIMEOUT_S = 30.0
-RESTARTS = 3  # of one worker in a row without a result, when no other is healthy, before the run is given up
-LONGEST_PAUSE_S = 60.0  # between two restarts
-
-
-class Worker(Protocol):
-    name: str
-
-    async def close(self) -> None: ...
-
-
-W = TypeVar("W", bound=Worker)
 J = TypeVar("J")
 R = TypeVar("R")
+Run = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class WorkFailed(RlsysError):
@@ -54,67 +40,113 @@ class _Job(Generic[J, R]):
     future: asyncio.Future[tuple[R, str]]
     attempts: int = 0
     task: asyncio.Task[None] | None = None
+    company: list[_Job[J, R]] = field(default_factory=list)  # what was handed over in one call with it
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A worker died or was given up. `work` names what it had, oldest first; `processes` come with the report only."""
+
+    worker: str
+    error: WorkerDied
+    work: tuple[str, ...]
+    processes: tuple[ProcessReport, ...] = ()
 
 
 @dataclass(slots=True)
-class PoolEvents:
-    """What the driver wants to hear of. `assigned(work, worker, attempt)`, `failed(work, worker, cause)`."""
+class WorkerEvents:
+    """What the driver wants to hear of. `assigned(work, worker, attempt)`, `failed(work, worker, error)`."""
 
     changed: Callable[[], None] = lambda: None
     assigned: Callable[[Any, str, int], None] = lambda work, worker, attempt: None
-    failed: Callable[[Any, str, str], None] = lambda work, worker, cause: None
-    lost: Callable[[str, str], None] = lambda worker, cause: None
-    restarted: Callable[[str], None] = lambda worker: None
+    failed: Callable[[Any, str, RlsysError], None] = lambda work, worker, error: None
+    lost: Callable[[Loss], None] = lambda loss: None
+    reported: Callable[[Loss], None] = lambda loss: None
+    start_failed: Callable[[str, RlsysError], None] = lambda worker, error: None
+    joined: Callable[[str, bool], None] = lambda worker, again: None
+    left: Callable[[str], None] = lambda worker: None
 
 
 @dataclass(slots=True)
 class PoolOptions:
-    kind: str  # "generator" or "rewarder", for messages
+    kind: str  # "generator" or "rewarder", for names and messages
     patience: float  # seconds without progress before a worker is stalled
+    silence: float  # seconds without an answer before a worker is stalled
     start_timeout_s: float
     attempts: int  # tries of one piece of work
     capacity: int | None = None  # pieces of work at one worker
-    events: PoolEvents = field(default_factory=PoolEvents)
+    whole: bool = False  # what was handed over in one call is handed over again in one call, to an idle worker
+    events: WorkerEvents = field(default_factory=WorkerEvents)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker, for people. `state` is "starting", "healthy" or "draining"; `work` its pieces of work."""
+
+    name: str
+    state: str
+    work: int
+    failures: int
+    version: int | None = None
 
 
 class WorkerPool(ABC, Generic[W, J, R]):
-    """Workers of one kind. `workers` is kept up to date, so that whoever made them can close them."""
+    """Workers of one kind, named `KIND-0`, `KIND-1`, ...: as many as were asked for, started and restarted here."""
 
     def __init__(
-        self,
-        options: PoolOptions,
-        workers: list[W],
-        spawn: Callable[[str], Awaitable[W]],
-        run: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        self, options: PoolOptions, spawn: Callable[[str], Awaitable[W]], run: Run, restarts: Restarts
     ) -> None:
         self.options = options
-        self._list = workers
+        self.restarts = restarts
         self._spawn = spawn
         self._run = run
         self._router = Router(options.capacity)
         self._leases = Leases(options.patience)
+        self._wanted: set[str] = set()
+        self._starting: set[str] = set()
         self._healthy: dict[str, W] = {}
         self._jobs: dict[str, dict[str, _Job[J, R]]] = {}  # worker -> job id -> job
         self._queue: deque[_Job[J, R]] = deque()
-        self._strikes: dict[str, int] = {}  # deaths and failed starts in a row
+        self._companies: deque[list[_Job[J, R]]] = deque()  # to be handed over again as they were
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     # ---- for the driver ----
 
-    def open(self) -> None:
-        """Take the workers in and watch over them."""
-        for worker in list(self._list):
-            self._join(worker)
+    def resize(self, count: int) -> None:
+        """Have so many workers: start more, or let those with the highest numbers finish their work and go."""
+        if count < 1:
+            raise ValueError(f"there must be a {self.options.kind} left, got {count}")
+        wanted = {f"{self.options.kind}-{i}" for i in range(count)}
+        for name in sorted(self._wanted - wanted):
+            if name in self._healthy:
+                self._router.retire(name)
+        for name in sorted(wanted & self._healthy.keys()):
+            self._router.retire(name, False)
+        self._wanted = wanted
+        for name in sorted(wanted - self._healthy.keys() - self._starting):
+            self._begin(name)
+        self._dispatch()
+        self.options.events.changed()
 
     @property
     def healthy(self) -> dict[str, W]:
         return dict(self._healthy)
 
     @property
+    def complete(self) -> bool:
+        """Whether every worker that was asked for is there."""
+        return self._wanted <= self._healthy.keys()
+
+    @property
     def outstanding(self) -> int:
         """Pieces of work queued or lent out."""
-        return len(self._queue) + sum(map(len, self._jobs.values()))
+        return len(self._queue) + sum(map(len, self._companies)) + sum(map(len, self._jobs.values()))
+
+    def status(self) -> list[WorkerStatus]:
+        names = sorted(self._wanted | self._healthy.keys(), key=lambda name: (len(name), name))
+        return [self._status(name) for name in names]
 
     def submit(self, work: Sequence[J]) -> list[asyncio.Future[tuple[R, str]]]:
         """Futures of (result, worker), in order. They fail with WorkFailed when all attempts have failed.
@@ -131,24 +163,33 @@ class WorkerPool(ABC, Generic[W, J, R]):
 
     def close(self) -> None:
         """Hand nothing out any more."""
+        self._closed = True
         self._queue.clear()
+        self._companies.clear()
         if self._timer is not None:
             self._timer.cancel()
 
     def lose(self, worker: W, error: WorkerDied) -> None:
         """The worker is dead or given up: its work goes elsewhere, and it is restarted."""
-        if self._healthy.get(worker.name) is not worker:
+        name = worker.name
+        if self._healthy.get(name) is not worker:
             return  # known already
-        del self._healthy[worker.name]
-        self._router.died(worker.name)
-        self._leases.revoke(worker.name)
-        self._strikes[worker.name] = self._strikes.get(worker.name, 0) + 1
-        self.options.events.lost(worker.name, error.cause)
-        for job in self._jobs.pop(worker.name).values():
+        del self._healthy[name]
+        self._router.died(name)
+        self._leases.revoke(name)
+        self.restarts.failed(name)
+        jobs = list(self._jobs.pop(name).values())
+        loss = Loss(name, error, tuple(self._called(job.work) for job in jobs))
+        self.options.events.lost(loss)
+        for job in jobs:
             if job.task is not None and job.task is not asyncio.current_task():
                 job.task.cancel()
-            self._try_again(job, worker.name, error)
-        self._run(self._restart(worker, error))
+        for company in _companies(jobs) if self.options.whole else ():
+            self._again_together(company, name, error)
+        for job in () if self.options.whole else jobs:
+            self._try_again(job, name, error)
+        self._starting.add(name)
+        self._run(self._replace(worker, loss))
         self._dispatch()
         self.options.events.changed()
 
@@ -160,18 +201,28 @@ class WorkerPool(ABC, Generic[W, J, R]):
 
     @abstractmethod
     async def _progress(self, worker: W) -> int:
-        """The number that has to move while the worker has work."""
+        """The number that has to move while the worker has work. An answer is a sign of life."""
+
+    @abstractmethod
+    def _called(self, work: J) -> str:
+        """The name of a piece of work, for people."""
 
     async def _prepare(self, worker: W) -> None:
-        """Bring a restarted worker up to date before it gets work."""
+        """Bring a started worker up to date before it gets work."""
 
-    def _left(self, worker: W) -> None:
-        """A worker is gone for good."""
+    def _status(self, name: str) -> WorkerStatus:
+        state = "starting"
+        if name in self._healthy:
+            state = "healthy" if name in self._wanted else "draining"
+        return WorkerStatus(name, state, len(self._jobs.get(name, ())), self.restarts.total[name])
 
     # ---- work ----
 
     def _dispatch(self) -> None:
+        self._release_retired()
         now = asyncio.get_running_loop().time()
+        while self._companies and (name := self._router.choose_idle(now, len(self._companies[0]))) is not None:
+            self._hand_out(name, self._companies.popleft(), now)
         shares: dict[str, list[_Job[J, R]]] = {}
         while self._queue:
             if self._queue[0].future.done():  # cancelled by whoever wanted it
@@ -182,18 +233,23 @@ class WorkerPool(ABC, Generic[W, J, R]):
                 break
             shares.setdefault(name, []).append(self._queue.popleft())
         for name, jobs in shares.items():
-            for job in jobs:
-                job.attempts += 1
-                self._leases.grant(name, job.id, now)
-                self._jobs[name][job.id] = job
-                self.options.events.assigned(job.work, name, job.attempts)
-            self._run(self._hand_over(self._healthy[name], jobs))
-        wake = self._router.next_change(now) if self._queue else None
+            self._hand_out(name, jobs, now)
+        wake = self._router.next_change(now) if self._queue or self._companies else None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if wake is not None:
+        if wake is not None and not self._closed:
             self._timer = asyncio.get_running_loop().call_at(wake, self._dispatch)
+
+    def _hand_out(self, name: str, jobs: list[_Job[J, R]], now: float) -> None:
+        for job in jobs:
+            job.attempts += 1
+            job.company = jobs
+            self._leases.grant(name, job.id, now)
+            self._jobs[name][job.id] = job
+            if not job.future.done():
+                self.options.events.assigned(job.work, name, job.attempts)
+        self._run(self._hand_over(self._healthy[name], jobs))
 
     async def _hand_over(self, worker: W, jobs: list[_Job[J, R]]) -> None:
         stalled = WorkerStalled(worker.name, f"took no work within {self.options.patience:g} s")
@@ -229,7 +285,7 @@ class WorkerPool(ABC, Generic[W, J, R]):
         else:
             if self._take_back(worker, job):
                 self._router.done(worker.name)
-                self._strikes[worker.name] = 0
+                self.restarts.worked(worker.name)
                 self._completed(worker.name)
                 if not job.future.done():
                     job.future.set_result((result, worker.name))
@@ -248,21 +304,73 @@ class WorkerPool(ABC, Generic[W, J, R]):
     def _failed_at(self, worker: W, job: _Job[J, R], error: EngineError) -> None:
         if self._take_back(worker, job):
             self._router.failed(worker.name, asyncio.get_running_loop().time())
+            job.company.remove(job)  # it goes on alone
             self._try_again(job, worker.name, error)
-            if self._router.failures(worker.name) >= RESTARTS * self.options.attempts:
+            if self._router.failures(worker.name) >= max(1, self.restarts.limit) * self.options.attempts:
                 self.lose(worker, WorkerDied(worker.name, f"failed again and again: {error}"))
 
     def _try_again(self, job: _Job[J, R], worker: str, error: RlsysError) -> None:
-        if job.future.done():
-            return
-        job.task = None
-        self.options.events.failed(job.work, worker, str(error))
-        if job.attempts < self.options.attempts:
+        if self._has_another_try(job, worker, error):
             self._queue.appendleft(job)
-        else:
-            job.future.set_exception(WorkFailed(f"{job.attempts} attempts, the last: {error}"))
+
+    def _again_together(self, company: list[_Job[J, R]], worker: str, error: RlsysError) -> None:
+        """What had been answered comes along: what an engine computes depends on which requests it runs together."""
+        tried = [job for job in company if job.future.done() or self._has_another_try(job, worker, error)]
+        if any(not job.future.done() for job in tried):
+            self._companies.append(tried)
+
+    def _has_another_try(self, job: _Job[J, R], worker: str, error: RlsysError) -> bool:
+        if job.future.done():
+            return False
+        job.task = None
+        self.options.events.failed(job.work, worker, error)
+        if job.attempts < self.options.attempts:
+            return True
+        job.future.set_exception(WorkFailed(f"{job.attempts} attempts, the last: {error}"))
+        return False
 
     # ---- workers ----
+
+    def _begin(self, name: str, cause: RlsysError | None = None) -> None:
+        self._starting.add(name)
+        self._run(self._bring_up(name, cause))
+
+    async def _replace(self, dead: W, loss: Loss) -> None:
+        processes = await inspected(dead)
+        self.options.events.reported(Loss(loss.worker, loss.error, loss.work, tuple(processes)))
+        await end(dead)
+        await self._bring_up(dead.name, loss.error)
+
+    async def _bring_up(self, name: str, cause: RlsysError | None) -> None:
+        worker = await bring_up(
+            name,
+            lambda: self._spawn(name),
+            self._prepare,
+            self.restarts,
+            self.options.start_timeout_s,
+            cause=cause,
+            wanted=lambda: name in self._wanted and not self._closed,
+            hopeless=self._hopeless,
+            failed=lambda error: self._start_failed(name, error),
+        )
+        self._starting.discard(name)
+        if worker is None:
+            self.options.events.left(name)
+        else:
+            self._join(worker)
+            self.options.events.joined(name, cause is not None)
+            self._dispatch()
+        self.options.events.changed()
+
+    def _start_failed(self, name: str, error: RlsysError) -> None:
+        self.options.events.start_failed(name, error)
+        self.options.events.changed()
+
+    def _hopeless(self) -> str:
+        """Nobody is there, and everybody has been tried too often."""
+        if self._healthy or not all(self.restarts.exhausted(name) for name in self._wanted):
+            return ""
+        return f", and no other {self.options.kind} is healthy"
 
     def _join(self, worker: W) -> None:
         self._healthy[worker.name] = worker
@@ -270,15 +378,33 @@ class WorkerPool(ABC, Generic[W, J, R]):
         self._router.joined(worker.name)
         self._run(self._watch(worker))
 
+    def _release_retired(self) -> None:
+        """End the workers that are not wanted any more and have no work left."""
+        for name, worker in list(self._healthy.items()):
+            if name not in self._wanted and not self._jobs[name]:
+                del self._healthy[name], self._jobs[name]
+                self._router.died(name)
+                self._leases.revoke(name)
+                self._starting.add(name)  # so that its name is not given to another before it is gone
+                self._run(self._dismiss(worker))
+
+    async def _dismiss(self, worker: W) -> None:
+        await end(worker)
+        self._starting.discard(worker.name)
+        self.options.events.left(worker.name)
+        if worker.name in self._wanted:  # again, meanwhile
+            self._begin(worker.name)
+        self.options.events.changed()
+
     async def _watch(self, worker: W) -> None:
         """Look at the worker's progress until it is lost."""
-        patience = self.options.patience
+        patience, silence = self.options.patience, self.options.silence
         loop = asyncio.get_running_loop()
         while self._healthy.get(worker.name) is worker:
-            await asyncio.sleep(patience / 4)
-            silent = WorkerStalled(worker.name, f"did not report its progress within {patience:g} s")
+            await asyncio.sleep(min(patience, silence) / 4)
+            silent = WorkerStalled(worker.name, f"gave no sign of life for {silence:g} s")
             try:
-                number = await within(patience, self._progress(worker), silent)
+                number = await within(silence, self._progress(worker), silent)
             except WorkerDied as error:
                 self.lose(worker, error)
                 return
@@ -287,150 +413,6 @@ class WorkerPool(ABC, Generic[W, J, R]):
             if worker.name in self._leases.expired(loop.time()):
                 self.lose(worker, WorkerStalled(worker.name, f"has work, but no progress for {patience:g} s"))
 
-    async def _restart(self, dead: W, cause: RlsysError) -> None:
-        name = dead.name
-        await self._end(dead)
-        while True:
-            strikes = self._strikes[name]
-            if strikes > RESTARTS and not self._healthy:
-                raise EngineError(
-                    f"{name} failed {strikes} times in a row, and no other {self.options.kind} is healthy: {cause}"
-                )
-            if strikes > 1:
-                await asyncio.sleep(min(LONGEST_PAUSE_S, 2.0 ** (strikes - 2)))
-            late = WorkerStalled(name, f"was not ready within {self.options.start_timeout_s:g} s")
-            worker: W | None = None
-            try:
-                worker = await within(self.options.start_timeout_s, self._spawn(name), late)
-                await self._prepare(worker)
-            except UserError:
-                raise
-            except RlsysError as error:
-                cause = error
-                self._strikes[name] += 1
-                if worker is not None:
-                    await self._end(worker)
-            else:
-                break
-        self._list[:] = [worker if old.name == name else old for old in self._list]
-        self._join(worker)
-        self.options.events.restarted(name)
-        self._dispatch()
-        self.options.events.changed()
 
-    async def _end(self, worker: W) -> None:
-        """Make sure that a given-up worker is gone. It may be gone already, or too far gone to answer."""
-        late = WorkerStalled(worker.name, f"did not end within {CLOSE_TIMEOUT_S:g} s")
-        try:
-            await within(CLOSE_TIMEOUT_S, worker.close(), late)
-        except (WorkerDied, EngineError) as error:
-            logger.warning("%s could not be ended cleanly: %s", worker.name, error)
-        self._left(worker)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt to be sampled, for training or for an evaluation."""
-
-    prompt: Prompt
-    sampling: Sampling
-    training: bool
-    root: str | None = None  # id of the prompt that this one is a branch of
-
-
-class GeneratorPool(WorkerPool[Generator, Request, Generated]):
-    """Generators, and the weight version that each has pulled."""
-
-    def __init__(
-        self,
-        options: PoolOptions,
-        workers: list[Generator],
-        spawn: Callable[[str], Awaitable[Generator]],
-        run: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-        update_timeout_s: float,
-        updated: Callable[[UpdateReport, float, float], None],
-    ) -> None:
-        self.newest: PublishedWeights | None = None
-        # By the worker itself, not by its name: what one takes that was given up meanwhile says nothing of the next.
-        self._versions: dict[Generator, int] = {}
-        self._update_timeout_s = update_timeout_s
-        self._updated = updated
-        super().__init__(options, workers, spawn, run)
-
-    @property
-    def versions(self) -> dict[str, int]:
-        """What each healthy generator has pulled; -1: nothing yet."""
-        return {name: self._versions.get(worker, -1) for name, worker in sorted(self._healthy.items())}
-
-    def rolled_out(self) -> int | None:
-        """The smallest version among the healthy generators; None when none is healthy."""
-        return min(self.versions.values(), default=None)
-
-    async def update(self, generator: Generator, weights: PublishedWeights) -> None:
-        """Have one generator take the weights. Raises WorkerDied (WorkerStalled past the deadline) or EngineError."""
-        loop = asyncio.get_running_loop()
-        late = WorkerStalled(
-            generator.name, f"did not take version {weights.version} within {self._update_timeout_s:g} s"
-        )
-        started = loop.time()
-        self._leases.hold(generator.name)
-        try:
-            report = await within(self._update_timeout_s, generator.update(weights), late)
-        finally:
-            self._leases.resume(generator.name, loop.time())
-        if report.version != weights.version:
-            raise WeightUpdateError(f"{generator.name} took version {report.version} instead of {weights.version}")
-        self._versions[generator] = weights.version
-        self._updated(report, started, loop.time())
-
-    async def _start(self, worker: Generator, work: Sequence[Request]) -> Sequence[Awaitable[Generated]]:
-        answers: list[Awaitable[Generated]] = []
-        for sampling, requests in itertools.groupby(work, key=lambda request: request.sampling):
-            answers += await worker.generate([request.prompt for request in requests], sampling)
-        return answers
-
-    async def _progress(self, worker: Generator) -> int:
-        return await worker.progress()
-
-    async def _prepare(self, worker: Generator) -> None:
-        # Newer weights may be published during an update; joining with older ones than the others would undo the gate.
-        while self.newest is not None and self._versions.get(worker, -1) < self.newest.version:
-            await self.update(worker, self.newest)
-
-    def _left(self, worker: Generator) -> None:
-        self._versions.pop(worker, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Rounds:
-    """A prompt's groups, round by round: to be scored, or (`branch`) asked what comes next."""
-
-    groups: Sequence[Sequence[Handle]]
-    training: bool
-    branch: bool = False
-
-
-class RewarderPool(WorkerPool[Rewarder, Rounds, Any]):
-    """Reward workers. Their progress is the number of pieces of work they have done: `Scored`, or branches."""
-
-    def __init__(
-        self,
-        options: PoolOptions,
-        workers: list[Rewarder],
-        spawn: Callable[[str], Awaitable[Rewarder]],
-        run: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-    ) -> None:
-        self._scored: dict[str, int] = {}
-        super().__init__(options, workers, spawn, run)
-
-    async def _start(self, worker: Rewarder, work: Sequence[Rounds]) -> Sequence[Awaitable[Any]]:
-        return [
-            worker.branch(piece.groups) if piece.branch else worker.score(piece.groups, piece.training)
-            for piece in work
-        ]
-
-    async def _progress(self, worker: Rewarder) -> int:
-        return self._scored.get(worker.name, 0)
-
-    def _completed(self, name: str) -> None:
-        self._scored[name] = self._scored.get(name, 0) + 1
+def _companies(jobs: Sequence[_Job[J, R]]) -> list[list[_Job[J, R]]]:
+    return list({id(job.company): job.company for job in jobs}.values())

@@ -52,7 +52,11 @@ SCHEMA = pa.schema(
         ("reward_detail", pa.string()),
     ]
 )
-FATE_SCHEMA = SCHEMA.append(pa.field("fate", pa.string())).append(pa.field("step", pa.int64()))
+FATE_SCHEMA = (
+    SCHEMA.append(pa.field("fate", pa.string()))
+    .append(pa.field("step", pa.int64()))
+    .append(pa.field("reference_logprobs", pa.list_(pa.float32())))  # null without a reference
+)
 
 
 def _plain(value: Any) -> Any:
@@ -159,13 +163,32 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     )
 
 
-def with_fates(tables: Sequence[pa.Table], fates: Sequence[tuple[str, int]]) -> pa.Table:
-    """All rows in one table, with the (fate, step) of each table, which are known once its group is settled."""
+def reference_of(table: pa.Table) -> tuple[np.ndarray, ...] | None:
+    """The reference log-probs of a settled group's rows, float32 [T] each; None where there are none."""
+    rows = table.column("reference_logprobs").to_pylist() if "reference_logprobs" in table.column_names else [None]
+    return None if None in rows else tuple(np.array(row, np.float32) for row in rows)
+
+
+def with_fates(
+    tables: Sequence[pa.Table],
+    fates: Sequence[tuple[str, int]],
+    reference: Sequence[Sequence[np.ndarray] | None] | None = None,
+) -> pa.Table:
+    """All rows in one table, with what is known once a group is settled: the (fate, step) of each table, and its
+    reference log-probs."""
     rows = [(fate, step) for table, (fate, step) in zip(tables, fates, strict=True) for _ in range(table.num_rows)]
     whole = pa.concat_tables(tables).combine_chunks()
     columns = [
         *whole.columns,
         pa.array([fate for fate, _ in rows], pa.string()),
         pa.array([step for _, step in rows], pa.int64()),
+        pa.array(
+            [
+                array
+                for table, arrays in zip(tables, reference or [None] * len(tables), strict=True)
+                for array in ([None] * table.num_rows if arrays is None else arrays)
+            ],
+            pa.list_(pa.float32()),
+        ),
     ]
     return pa.Table.from_arrays(columns, schema=FATE_SCHEMA)

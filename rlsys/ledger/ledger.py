@@ -253,6 +253,17 @@ class Ledger:
         query = "SELECT state, reason, step FROM prompts WHERE id = ?"
         return {prompt_id: rows[0] for prompt_id in prompt_ids if (rows := self._read(query, prompt_id))}
 
+    def consumed(self, step: int) -> list[str]:
+        """The prompts of the batch that made version `step`, in its order; a step that was skipped has its own, too."""
+        rows = self._read("SELECT id FROM prompts WHERE state = 'trained' AND step = ? ORDER BY settled", step)
+        rows = rows or self._read(
+            """SELECT prompts.id FROM prompts JOIN events ON events.position = prompts.settled
+               WHERE prompts.state = 'dropped' AND prompts.reason LIKE 'step skipped:%'
+                     AND json_extract(events.detail, '$.version') = ? ORDER BY prompts.settled""",
+            step,
+        )
+        return [prompt_id for (prompt_id,) in rows]
+
     def next_index(self) -> int:
         """The index after the highest one that was ever drawn."""
         return int(self._read("SELECT coalesce(max(idx), -1) + 1 FROM prompts")[0][0])

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rlsys.errors import RlsysError
-from rlsys.ledger.codec import decode, encode, with_fates
-from rlsys.roles import Handle, SampleRow, Scored
+from rlsys.errors import DataError, RlsysError
+from rlsys.ledger.codec import SCHEMA, decode, encode, reference_of, with_fates
+from rlsys.roles import Handle, SampleRow, Scored, TrainItem
 from rlsys.types import ScoredGroup, group_info
 
 logger = logging.getLogger(__name__)
@@ -58,21 +58,22 @@ class _Pending:
     file: _File
     fate: str | None = None
     step: int = -1
+    reference: Sequence[Any] | None = None  # float32 [T] of each rollout
 
 
 class RolloutStore:
     """`rlsys.roles.RolloutStore` in one process.
 
-    `fetch` opens a handle of a ScoredGroup, `put` makes one (Ray: await the reference, `ray.put`; in one process both
-    hand the value on). A group stays in memory until it is settled, which the staleness bound limits. Groups that are
-    finished while a file is being written go into the next one together.
+    `fetch` opens a handle (of a ScoredGroup, or of its reference log-probs), `put` makes one (Ray: await the reference,
+    `ray.put`; in one process both hand the value on). A group stays in memory until it is settled, which the
+    staleness bound limits. Groups that are finished while a file is being written go into the next one together.
     """
 
     def __init__(
         self,
         directory: Path,
-        fetch: Callable[[Handle], Awaitable[ScoredGroup]] = _identity,
-        put: Callable[[ScoredGroup], Awaitable[Handle]] = _identity,
+        fetch: Callable[[Handle], Awaitable[Any]] = _identity,
+        put: Callable[[Any], Awaitable[Handle]] = _identity,
     ) -> None:
         self.directory = directory
         self._fetch = fetch
@@ -96,8 +97,15 @@ class RolloutStore:
             self._writing = asyncio.create_task(self._write_pending())
         await written
 
-    async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
+    async def settled(
+        self, prompt_ids: Sequence[str], fate: str, step: int, reference: Sequence[Handle | None] = ()
+    ) -> None:
         """Record the fate of buffered groups. "trained" closes the file of `step`; dropped ones wait for that."""
+        handles = [handle for handle in reference if handle is not None]
+        arrays = await asyncio.gather(*map(self._fetch, handles))
+        for prompt_id, found in zip(prompt_ids, arrays, strict=False):  # all of them have reference log-probs, or none
+            if prompt_id in self._pending:
+                self._pending[prompt_id].reference = found
         for prompt_id in prompt_ids:
             if prompt_id not in self._pending:
                 raise RlsysError(f"rollout store {self.directory}: {prompt_id} is settled, but was never buffered")
@@ -107,6 +115,32 @@ class RolloutStore:
             self._step = step
             final = await self._close_file(self.directory / f"step-{step:06d}.parquet")
             self._last = (step, final)
+
+    async def load(self, prompt_ids: Sequence[str], step: int) -> list[TrainItem]:
+        """Groups settled at a step, in the given order, with handles of their own.
+
+        They are in the file of that step; those of a skipped step in the next one, or in none yet. Raises DataError
+        when one of them is not there any more, or cannot be read.
+        """
+        tables = {i: self._pending[i] for i in prompt_ids if i in self._pending}
+        found = {i: (pending.table, pending.reference) for i, pending in tables.items()}
+        for path in self._final_files(step):
+            if found.keys() >= set(prompt_ids):
+                break
+            try:
+                read = await self._run(_read_groups, path)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"rollout store: {path} cannot be read: {error}") from error
+            found |= {i: (table, reference_of(table)) for i, table in read.items() if i in prompt_ids}
+        if missing := [i for i in prompt_ids if i not in found]:
+            raise DataError(f"rollout store {self.directory}: {missing[0]} of step {step} is not there any more")
+        items = []
+        for prompt_id in prompt_ids:
+            table, reference = found[prompt_id]
+            scored = await self._run(decode, table.select(SCHEMA.names))
+            handles = await self._put(scored), None if reference is None else await self._put(reference)
+            items.append(TrainItem(group_info(scored.group, scored.rewards), *handles))
+        return items
 
     async def discard(self, prompt_ids: Sequence[str]) -> None:
         """Forget buffered groups: they will be sampled again, or are in a final file already."""
@@ -125,7 +159,7 @@ class RolloutStore:
         found: dict[str, Scored] = {}
         for path in self._pending_files():
             try:
-                tables = await self._run(_read_pending, path)
+                tables = await self._run(_read_groups, path)
                 groups = {prompt_id: await self._run(decode, table) for prompt_id, table in tables.items()}
             except (OSError, pa.ArrowException, RlsysError) as error:
                 logger.warning("passing over the buffered groups in %s, which cannot be read: %s", path, error)
@@ -181,6 +215,12 @@ class RolloutStore:
         """Oldest first."""
         return sorted(self._pending_dir.glob("*.parquet"))
 
+    def _final_files(self, step: int) -> list[Path]:
+        """Those that may hold groups settled at a step: its own first, then the later ones."""
+        own = self.directory / f"step-{step:06d}.parquet"
+        later = sorted(p for p in self.directory.glob("*.parquet") if _is_after(p, step) or p.name.startswith("after"))
+        return [own, *later] if own.is_file() else later
+
     async def _close_file(self, path: Path) -> pa.Table | None:
         """Move every group whose fate is known into `path`; returns its rows."""
         done = [self._pending.pop(prompt_id) for prompt_id, p in list(self._pending.items()) if p.fate is not None]
@@ -224,8 +264,8 @@ def _encode_and_write(groups: Sequence[ScoredGroup], path: Path) -> list[pa.Tabl
     return [table.slice(start, len(group.rollouts)) for start, group in zip(starts, groups, strict=False)]
 
 
-def _read_pending(path: Path) -> dict[str, pa.Table]:
-    """The rows of each prompt in a file of buffered groups."""
+def _read_groups(path: Path) -> dict[str, pa.Table]:
+    """The rows of each prompt in a file."""
     table = pq.read_table(path)
     ids = table.column("prompt_id").to_pylist()
     tables, start = {}, 0
@@ -237,7 +277,7 @@ def _read_pending(path: Path) -> dict[str, pa.Table]:
 
 
 def _write_final(done: Sequence[_Pending], path: Path, empty: Sequence[Path]) -> pa.Table:
-    table = with_fates([p.table for p in done], [(p.fate or "", p.step) for p in done])
+    table = with_fates([p.table for p in done], [(p.fate or "", p.step) for p in done], [p.reference for p in done])
     _write(table, path, compression="zstd", use_dictionary=_DICTIONARY)
     _unlink(empty)
     return table

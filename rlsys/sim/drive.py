@@ -17,11 +17,11 @@ from rlsys.curricula import Curriculum
 from rlsys.driver.loop import Driver, GroupFilter
 from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
-from rlsys.roles import Generator, Rewarder, Roles, SampleRow
+from rlsys.roles import Roles, SampleRow
 from rlsys.roles import RolloutStore as RolloutStoreProtocol
 from rlsys.segments import Strategy
 from rlsys.sim.clock import run_virtually
-from rlsys.sim.roles import INSTANT, MemoryStore, SimGenerator, SimLearner, SimReference, SimRewarder, Timing
+from rlsys.sim.roles import INSTANT, MemoryStore, Mortal, SimGenerator, SimLearner, SimReference, SimRewarder, Timing
 from rlsys.types import Prompt
 
 DAY_S = 86_400.0
@@ -87,6 +87,7 @@ class RecordingTracker:
     samples: list[SampleRow] = field(default_factory=list)
     events: list[tuple[str, float, float, str]] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
+    incidents: list[tuple[str, str]] = field(default_factory=list)
     summaries: list[Mapping[str, Any]] = field(default_factory=list)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -100,6 +101,9 @@ class RecordingTracker:
 
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         self.events.append((name, start, end, lane))
+
+    def incident(self, title: str, text: str) -> None:
+        self.incidents.append((title, text))
 
     def resumed(self, step: int) -> None:
         self.resumes.append(step)
@@ -127,39 +131,54 @@ class Simulation:
         prompts: SimPrompts = SimPrompts(),
         store: RolloutStoreProtocol | None = None,
     ) -> None:
-        self.learner = SimLearner("learner", timing, seed, skip)
-        self.all_generators: list[SimGenerator] = []  # those that died, too
-        self.spawns = 0
+        self.generators: list[SimGenerator] = []  # those that died, too
+        self.rewarders: list[SimRewarder] = []
+        self.learners: list[SimLearner] = []
+        self.references: list[SimReference] = []
+        self.spawns = 0  # but for the first ones
         self.spawn_fails: Callable[[str], Exception | None] = lambda name: None
+        self._ready: dict[str, Mortal] = {}  # the first of each name, there from the start for tests to get at
 
-        def generator(name: str) -> SimGenerator:
-            self.all_generators.append(SimGenerator(name, timing, seed + self.spawns, failure_rate))
-            return self.all_generators[-1]
+        def make(name: str, number: int) -> Mortal:
+            kind = name.partition("-")[0]
+            worker: Mortal
+            if kind == "generator":
+                worker = SimGenerator(name, timing, seed + number, failure_rate)
+                self.generators.append(worker)
+            elif kind == "rewarder":
+                worker = SimRewarder(name, timing, seed + number, timeout_rate, strategy)
+                self.rewarders.append(worker)
+            elif kind == "reference":
+                worker = SimReference(name, timing, seed + number)
+                self.references.append(worker)
+            else:
+                worker = SimLearner(name, timing, seed + number, skip)
+                self.learners.append(worker)
+            return worker
 
-        async def spawn_generator(name: str) -> Generator:
+        async def spawn(name: str) -> Any:
+            if first := self._ready.pop(name, None):
+                return first
             self.spawns += 1
+            number = self.spawns
             await asyncio.sleep(timing.spawn_s)
             if error := self.spawn_fails(name):
                 raise error
-            return generator(name)
+            return make(name, number)
 
-        async def spawn_rewarder(name: str) -> Rewarder:
-            self.spawns += 1
-            await asyncio.sleep(timing.spawn_s)
-            return SimRewarder(name, timing, seed + self.spawns, timeout_rate, strategy)
-
+        names = [
+            *(f"generator-{i}" for i in range(config.rollout.generators)),
+            *(f"rewarder-{i}" for i in range(config.rewards.workers)),
+            *(["learner", "reference"] if with_reference else ["learner"]),
+        ]
+        self._ready = {name: make(name, 0) for name in names}
         self.store = store or RolloutStore(run_dir / "rollouts")
         self.roles = Roles(
-            generators=[generator(f"generator-{i}") for i in range(config.rollout.generators)],
-            rewarders=[
-                SimRewarder(f"rewarder-{i}", timing, seed, timeout_rate, strategy)
-                for i in range(config.rewards.workers)
-            ],
-            learner=self.learner,
-            reference=SimReference("reference", timing, seed) if with_reference else None,
             store=self.store,
-            spawn_generator=spawn_generator,
-            spawn_rewarder=spawn_rewarder,
+            spawn_generator=spawn,
+            spawn_rewarder=spawn,
+            spawn_learner=lambda config: spawn("learner"),
+            spawn_reference=(lambda: spawn("reference")) if with_reference else None,
         )
         self.ledger = Ledger(run_dir / "ledger.sqlite")
         self.tracker = RecordingTracker()
@@ -169,6 +188,15 @@ class Simulation:
             curriculum=curriculum,
             strategy=strategy,
         )
+
+    @property
+    def learner(self) -> SimLearner:
+        """The present one."""
+        return self.learners[-1]
+
+    @property
+    def reference(self) -> SimReference:
+        return self.references[-1]
 
     async def run(self) -> dict[str, Any]:
         try:

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.errors import EngineError, WorkerDied
+from rlsys.errors import DataError, EngineError, WorkerDied
 from rlsys.metrics import Mean
 from rlsys.roles import (
     Branch,
     Generated,
     Handle,
     Probe,
+    ProcessReport,
     PromptReport,
     PublishedWeights,
     SampleRow,
@@ -62,7 +63,7 @@ async def pause(rng: random.Random, mean_s: float) -> None:
         await asyncio.sleep(rng.expovariate(1 / mean_s))
 
 
-class _Mortal:
+class Mortal:
     """A worker that can be killed (everything fails), or made to stall (nothing ever comes back)."""
 
     def __init__(self, name: str) -> None:
@@ -82,6 +83,13 @@ class _Mortal:
     def check(self) -> None:
         if self._dead is not None:
             raise WorkerDied(self.name, self._dead)
+
+    async def progress(self) -> int:
+        """A sign of life, which a stalled worker does not give."""
+        return int(await self.living(asyncio.sleep(0, 0)))
+
+    async def inspect(self) -> Sequence[ProcessReport]:
+        return ()
 
     async def living(self, work: Awaitable[Any]) -> Any:
         """The result of the work, unless the worker is killed or stalls first."""
@@ -107,7 +115,7 @@ class _Mortal:
         self.kill("closed")
 
 
-class SimGenerator(_Mortal):
+class SimGenerator(Mortal):
     """Samples `lengths` tokens per rollout; tokens sampled after an update carry the new version."""
 
     def __init__(self, name: str, timing: Timing, seed: int, failure_rate: float = 0.0) -> None:
@@ -194,7 +202,7 @@ def _rollout(
     )
 
 
-class SimRewarder(_Mortal):
+class SimRewarder(Mortal):
     """Scores 0 or 1 by the parity of the tokens' sum; now and then a reward times out."""
 
     def __init__(
@@ -225,7 +233,7 @@ class SimRewarder(_Mortal):
         return ScoredGroup(group, rewards)
 
 
-class SimReference(_Mortal):
+class SimReference(Mortal):
     """Its log-probs depend on every version that it has taken in, in order."""
 
     def __init__(self, name: str, timing: Timing, seed: int) -> None:
@@ -265,7 +273,7 @@ class TrainedBatch:
     oldest: int  # smallest version among the tokens
 
 
-class SimLearner(_Mortal):
+class SimLearner(Mortal):
     """Its weights are a hash over everything it was trained on, in order."""
 
     def __init__(self, name: str, timing: Timing, seed: int, skip: Callable[[int], bool] = lambda step: False) -> None:
@@ -313,9 +321,14 @@ class SimLearner(_Mortal):
         await self.living(pause(self._rng, self._timing.publish_s))
         return PublishedWeights(self.version, {}, self.state, Probe((1, 2), (-0.5,)), gather_s=0.01)
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, directory: Path) -> Awaitable[None]:
         await self.living(asyncio.sleep(0))
-        (directory / "learner.json").write_text(json.dumps({"version": self.version, "state": self.state}))
+        content = json.dumps({"version": self.version, "state": self.state})
+        return asyncio.ensure_future(self.living(self._write(directory, content)))
+
+    async def _write(self, directory: Path, text: str) -> None:
+        await pause(self._rng, self._timing.publish_s)
+        (directory / "learner.json").write_text(text)
 
     async def load(self, directory: Path) -> int:
         self.check()
@@ -334,10 +347,15 @@ class MemoryStore:
     async def buffered(self, group: Handle) -> None:
         self.pending[group.prompt.id] = group
 
-    async def settled(self, prompt_ids: Sequence[str], fate: str, step: int) -> None:
+    async def settled(
+        self, prompt_ids: Sequence[str], fate: str, step: int, reference: Sequence[Handle | None] = ()
+    ) -> None:
         for prompt_id in prompt_ids:
             del self.pending[prompt_id]
         self.fates[fate] = self.fates.get(fate, 0) + len(prompt_ids)
+
+    async def load(self, prompt_ids: Sequence[str], step: int) -> Sequence[TrainItem]:
+        raise DataError(f"step {step} is not kept")
 
     async def discard(self, prompt_ids: Sequence[str]) -> None:
         for prompt_id in prompt_ids:

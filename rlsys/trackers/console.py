@@ -97,6 +97,9 @@ class ConsoleTracker:
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         """Events are in the timeline."""
 
+    def incident(self, title: str, text: str) -> None:
+        """The log is on the screen already."""
+
     def resumed(self, step: int) -> None:
         self._step = step
         self.note(f"going on from the checkpoint of step {step}")

@@ -41,6 +41,9 @@ class Trackers:
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         self._each(lambda tracker: tracker.event(name, start, end, lane))
 
+    def incident(self, title: str, text: str) -> None:
+        self._each(lambda tracker: tracker.incident(title, text))
+
     def resumed(self, step: int) -> None:
         self._each(lambda tracker: tracker.resumed(step))
 

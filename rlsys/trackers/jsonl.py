@@ -46,6 +46,9 @@ class JsonlTracker:
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         """Events are in the timeline."""
 
+    def incident(self, title: str, text: str) -> None:
+        """Incidents are in the ledger."""
+
     def resumed(self, step: int) -> None:
         self._metrics.keep_before(step + 1)
         self._evals.keep_before(step + 1)

@@ -94,6 +94,11 @@ class TimelineTracker:
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """Samples have no duration."""
 
+    def incident(self, title: str, text: str) -> None:
+        now = time.monotonic()
+        self.event(title, now, now, "incidents")
+        self.flush()
+
     def resumed(self, step: int) -> None:
         """What was done and lost did take its time: it stays."""
 

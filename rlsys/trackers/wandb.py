@@ -112,6 +112,12 @@ class WandbTracker:
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         """Events are in the timeline."""
 
+    def incident(self, title: str, text: str) -> None:
+        try:
+            self._run.alert(title, text, level="WARN")
+        except self._error as error:
+            raise TrackerError(f"W&B: {error}") from error
+
     def resumed(self, step: int) -> None:
         """W&B's history cannot be taken back."""
 

@@ -62,11 +62,11 @@ def test_random_schedules_with_failures(
 
     def harm(simulation: Simulation, kind: str) -> None:
         if kind == "kill rewarder":
-            worker = rng.choice(simulation.roles.rewarders)
+            worker = rng.choice(simulation.rewarders)
             assert isinstance(worker, SimRewarder)
             worker.kill()
             return
-        generator = rng.choice(simulation.roles.generators)
+        generator = rng.choice(simulation.generators)
         assert isinstance(generator, SimGenerator)
         generator.kill() if kind == "kill" else generator.stall()
 
@@ -118,7 +118,7 @@ def test_thousands_of_groups_pass_in_moments(tmp_path: Path) -> None:
     )
     assert summary["fates"]["trained"] == 40 * 64
     assert 0 < summary["staleness"]["max"] <= 2
-    assert max(len(g.calls) for g in simulation.all_generators) > 10
+    assert max(len(g.calls) for g in simulation.generators) > 10
 
 
 def test_synchronous_runs_are_the_same_for_any_timing(tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_synchronous_runs_are_the_same_for_any_timing(tmp_path: Path) -> None:
         )
         assert summary["staleness"] == {"mean": 0.0, "max": 0}
         states.add(simulation.learner.state)
-        calls.add(tuple(tuple(g.calls) for g in simulation.all_generators))
+        calls.add(tuple(tuple(g.calls) for g in simulation.generators))
         for batch in simulation.learner.batches:
             indices = [int(prompt_id.partition("/")[2]) for prompt_id in batch.prompt_ids]
             assert indices == sorted(indices)
     assert len(states) == 1
     assert len(calls) == 1
-    first_calls = [call for call in simulation.all_generators[0].calls if call[0].startswith("sim")]
+    first_calls = [call for call in simulation.generators[0].calls if call[0].startswith("sim")]
     assert first_calls[0] == ("sim/0", "sim/2", "sim/4")
 
 
@@ -150,7 +150,7 @@ def test_synchronous_evaluations_and_checkpoints_come_before_new_prompts(tmp_pat
             return await super().generate(prompts, sampling)
 
     def act(simulation: Simulation) -> None:
-        for generator in simulation.all_generators:
+        for generator in simulation.generators:
             generator.__class__ = Noting
 
     config = sim_config(steps=4, bound=0, eval={"every": 1, "prompts": 6}, checkpoint={"every": 1})
@@ -161,8 +161,8 @@ def test_synchronous_evaluations_and_checkpoints_come_before_new_prompts(tmp_pat
             assert meanwhile == {f"eval/{i}" for i in range(6)}
     drawn_at = {prompt_id: when for when, prompt_id in sampled}
     for step in (1, 2, 3):
-        saved_at = next(end for name, _, end, _ in simulation.tracker.events if name == f"checkpoint {step}")
-        assert drawn_at[f"sim/{4 * step}"] >= saved_at
+        copied_at = next(end for name, _, end, _ in simulation.tracker.events if name == f"copy {step}")
+        assert drawn_at[f"sim/{4 * step}"] >= copied_at
 
 
 def test_skipped_steps_use_their_prompts_up(tmp_path: Path) -> None:
@@ -186,33 +186,39 @@ def test_the_learner_does_not_wait_for_the_roll_out(tmp_path: Path) -> None:
     assert len(updates) < 2 * 13  # only the newest version matters
 
 
-def test_evaluation_and_checkpoints_do_not_stop_generation(tmp_path: Path) -> None:
+def test_evaluation_and_checkpoints_stop_neither_generation_nor_the_learner(tmp_path: Path) -> None:
     timing = Timing(lengths=(20, 30), step_s=0.1)
 
     class SlowSave:
         def __init__(self, simulation: Simulation) -> None:
             self.save = simulation.learner.save
 
-        async def __call__(self, directory: Path) -> None:
-            await asyncio.sleep(50.0)
-            await self.save(directory)
+        async def __call__(self, directory: Path) -> Any:
+            writing = await self.save(directory)
+
+            async def write() -> None:
+                await asyncio.sleep(50.0)
+                await writing
+
+            return write()
 
     def act(simulation: Simulation) -> None:
         simulation.learner.save = SlowSave(simulation)  # type: ignore[method-assign]
 
     simulation, _ = simulate(
         sim_config(
-            steps=3, bound=2, eval={"before": False, "after": False, "every": 1, "prompts": 40}, checkpoint={"every": 1}
+            steps=4, bound=2, eval={"before": False, "after": False, "every": 1, "prompts": 40}, checkpoint={"every": 3}
         ),
         tmp_path,
         act,
         timing=timing,
     )
-    save_start, save_end = next((a, b) for name, a, b, _ in simulation.tracker.events if name == "checkpoint 1")
-    during = [e for i in range(12) for e in read_story(tmp_path, f"sim/{i}").events if e.event == "buffered"]
+    events = {name: (start, end) for name, start, end, _ in simulation.tracker.events}
+    save_start, save_end = events["checkpoint 3"]
     assert save_end - save_start >= 50.0
-    assert len(during) == 12
-    assert simulation.tracker.steps[1][1]["wait/learner_for_rollouts_s"] == pytest.approx(0.0, abs=1e-6)
+    assert save_start < events["step 4"][0] < events["step 4"][1] < save_end
+    during = [e for i in range(16) for e in read_story(tmp_path, f"sim/{i}").events if e.event == "buffered"]
+    assert len(during) == 16
     assert len(simulation.tracker.evals) >= 1
 
 

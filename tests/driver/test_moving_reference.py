@@ -24,7 +24,7 @@ def settings(steps: int = 6, bound: int = 0, **reference: Any) -> Config:
 
 
 def versions(simulation: Simulation) -> list[int]:
-    return simulation.roles.reference.versions  # type: ignore[union-attr, attr-defined, no-any-return]
+    return simulation.reference.versions
 
 
 @pytest.mark.parametrize(

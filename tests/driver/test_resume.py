@@ -62,7 +62,7 @@ def test_a_stopped_and_resumed_synchronous_run_equals_an_uninterrupted_one(tmp_p
     second, rest = simulate(settings, tmp_path / "parts", filters=[DropSome()], seed=5)
     assert first.learner.batches + second.learner.batches == whole.learner.batches
     assert second.learner.state == whole.learner.state
-    for resumed, uninterrupted in zip(second.all_generators, whole.all_generators, strict=True):
+    for resumed, uninterrupted in zip(second.generators, whole.generators, strict=True):
         # Not only the same prompts: handed over in the same company, on which an engine's rounding may depend.
         later, all_calls = training_calls(resumed), training_calls(uninterrupted)
         assert later == all_calls[len(all_calls) - len(later) :]
@@ -176,7 +176,7 @@ def test_buffered_groups_are_reused_after_a_crash(tmp_path: Path) -> None:
     crashed(settings, tmp_path, 15.0, timing=timing)
     assert [read_story(tmp_path, f"sim/{i}").prompt["state"] for i in range(8)] == ["buffered"] * 8
     second, summary = simulate(settings, tmp_path, timing=timing)
-    assert sum(len(g.calls) for g in second.all_generators) == 0
+    assert sum(len(g.calls) for g in second.generators) == 0
     assert summary["fates"] == {"trained": 8, "dropped": {}, "pending": 0}
     assert summary["tokens"]["generated"] == summary["tokens"]["trained"] > 0
     assert [e.event for e in read_story(tmp_path, "sim/0").events][-3:] == ["reused", "buffered", "trained"]

@@ -71,8 +71,8 @@ def test_a_lost_generator_costs_time_alone(tmp_path: Path) -> None:
     config = sim_config(steps=4, batch=2, bound=1, generators=2, rollout={"max_new_tokens": 40})
 
     def act(simulation: Simulation) -> None:
-        at(4.0, simulation.all_generators[0].kill)
-        at(9.0, simulation.all_generators[1].kill)
+        at(4.0, simulation.generators[0].kill)
+        at(9.0, simulation.generators[1].kill)
 
     simulation, summary = simulate(config, tmp_path, act, strategy=strategy("chain"))
     assert simulation.spawns == 2

@@ -1,0 +1,283 @@
+"""The learner group, and the reference that follows it: steps, weights, checkpoints, and bringing them back.
+
+    step(items) -> version + 1 -> publish -> (reference takes it, where it moves) -> generators
+
+**Coming back.** A learner that died is started again, loads the newest checkpoint, and repeats the steps since then:
+their batches are in the rollout store, in the order that the ledger has. What generators have keeps its version, since
+the same steps give the same weights. A reference that moves is brought back together with the learner, for it has to
+take the same versions again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from rlsys.config.identity import config_hash
+from rlsys.config.models import Config
+from rlsys.driver.books import Books
+from rlsys.driver.checkpoints import REFERENCE, Checkpoint, Checkpoints, Manifest
+from rlsys.driver.keeper import Keeper, KeeperOptions
+from rlsys.driver.progress import Recorder
+from rlsys.driver.restarts import Restarts
+from rlsys.driver.waiting import within
+from rlsys.driver.workers import Run, WorkerEvents
+from rlsys.errors import DataError, LearnerError, WorkerDied, WorkerStalled
+from rlsys.roles import Learner, PublishedWeights, Reference, Roles, StepReport, TrainItem
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Training:
+    """Calls to the learner follow each other, and none is lost: what a dead learner was asked is asked again."""
+
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        books: Books,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        run: Run,
+        restarts: Restarts,
+        events: WorkerEvents,
+    ) -> None:
+        self.config = config
+        self.saved = -1  # version of the newest checkpoint
+        self.position = 0  # of the ledger, at the end of the newest step
+        self._books = books
+        self._checkpoints = checkpoints
+        self._recorder = recorder
+        self._run = run
+        self._spawn_learner = roles.spawn_learner
+        self._saving: asyncio.Task[None] | None = None
+        self._taken: int | None = None  # newest version that the moving reference has taken
+        self._follower: Reference | None = None  # a moving reference that is being brought back with the learner
+        timeout = {"timeout_s": config.learner.step_timeout_s, "timeout_key": "learner.step_timeout_s"}
+        common: dict[str, Any] = {**timeout, "silence": config.driver.silence_timeout_s, "events": events}
+        self.learner: Keeper[Learner] = Keeper(
+            KeeperOptions("learner", config.learner.start_timeout_s, **common),
+            lambda: self._spawn_learner(self.config),
+            self._catch_up,
+            run,
+            restarts,
+        )
+        self.reference: Keeper[Reference] | None = None
+        if roles.spawn_reference is not None:
+            self.reference = Keeper(
+                KeeperOptions(
+                    "reference", config.reference.start_timeout_s, attempts=config.rollout.attempts, **common
+                ),
+                roles.spawn_reference,
+                self._restore,
+                run,
+                restarts,
+            )
+
+    @property
+    def moving(self) -> Keeper[Reference] | None:
+        """The reference, where it follows the policy."""
+        return None if self.config.reference.update == "frozen" else self.reference
+
+    # ---- steps ----
+
+    async def step(self, items: Sequence[TrainItem]) -> tuple[StepReport, str]:
+        """Train on a batch; what it says, and the fate that the books have for these prompts now."""
+        books = self._books
+        started = self._recorder.now()
+        report = await self._ask(lambda learner: learner.step(items), f"take step {books.step + 1}")
+        self._check(report, books.step + 1)
+        self.learner.worked()
+        infos = [item.info for item in items]
+        fate = books.settle(infos, report)
+        self.position = books.ledger.position
+        self._recorder.event(f"step {books.step}", started, self._recorder.now(), "learner")
+        return report, fate
+
+    async def publish(self) -> PublishedWeights:
+        """The newest weights."""
+        started = self._recorder.now()
+        weights = await self._ask(lambda learner: learner.publish(), f"publish version {self._books.step}")
+        self._recorder.published(weights)
+        self._recorder.event(f"publish {weights.version}", started, self._recorder.now(), "learner")
+        return weights
+
+    async def move_reference(self, weights: PublishedWeights) -> None:
+        """These weights are new: a reference that follows the policy takes them when it is due.
+
+        It does so before any generator has them: with a bound of 0, every group is scored by the reference of its step.
+        """
+        if self.moving is None or not self._due(weights.version):
+            return
+        started = self._recorder.now()
+        await self.moving.call(lambda reference: reference.update(weights), f"take version {weights.version}")
+        self._taken = weights.version
+        self._recorder.reference(weights.version)
+        self._recorder.event(f"update to {weights.version}", started, self._recorder.now(), "reference")
+
+    async def judge(self) -> None:
+        """Ask the critic about the prompts that may come next, before the gate opens for them."""
+        books = self._books
+        candidates = books.drawing.candidates((books.bound + 1) * books.batch)
+        prompts = list(candidates.values())
+        values = await self._ask(lambda learner: learner.prompt_values(prompts), "judge prompts")
+        books.drawing.curriculum.judged(dict(zip(candidates, values, strict=True)))
+
+    # ---- checkpoints ----
+
+    async def save(self) -> None:
+        """Copy the learner's state, and where everything else stands. The files are written while the run goes on."""
+        await self.saving()
+        books, version = self._books, self._books.step
+        started = self._recorder.now()
+        manifest = Manifest(
+            version=version,
+            position=self.position,
+            next_index=books.drawing.next_index,
+            buffered=[item.info.prompt_id for item in books.buffer.waiting()],
+            seed=self.config.run.seed,
+            config=config_hash(self.config),
+            totals=self._recorder.snapshot(),
+            drawing=books.drawing.state_dict(),
+        )
+
+        async def copy(learner: Learner) -> Awaitable[None]:
+            directory = await asyncio.to_thread(self._checkpoints.begin, version)
+            return await learner.save(directory)
+
+        writing = await self._ask(copy, "save a checkpoint")
+        if self.moving is not None:
+            place = self._checkpoints.place(version, REFERENCE)
+
+            async def save(reference: Reference) -> None:
+                await asyncio.to_thread(place.mkdir, exist_ok=True)
+                await reference.save(place)
+
+            await self.moving.call(save, "save a checkpoint")
+        self._recorder.event(f"copy {version}", started, self._recorder.now(), "learner")
+        self._saving = self._run(self._commit(manifest, writing, started))
+
+    async def saving(self) -> None:
+        """Return when no checkpoint is being written."""
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
+
+    async def _commit(self, manifest: Manifest, writing: Awaitable[None], started: float) -> None:
+        version, limit = manifest.version, self.config.learner.step_timeout_s
+        late = LearnerError(f"checkpoint {version} was not written within learner.step_timeout_s={limit:g} s")
+        try:
+            await within(limit, writing, late)
+        except WorkerDied as error:
+            # The one before still stands; what died is noticed, and brought back, by whoever asks it next.
+            logger.warning("checkpoint %d is given up: %s", version, error)
+            self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
+            return
+        await self._books.ledger.flush()
+        await asyncio.to_thread(self._checkpoints.commit, manifest)
+        self.saved = version
+        self._recorder.event(f"checkpoint {version}", started, self._recorder.now(), "checkpoints")
+        self._books.ledger.note("checkpoint", version=version)
+
+    # ---- coming back ----
+
+    async def start(self, checkpoint: Checkpoint | None) -> None:
+        """Start the learner and the reference, from the newest checkpoint where there is one."""
+        self.saved = -1 if checkpoint is None else checkpoint.manifest.version
+        keepers: list[Keeper[Any]] = [self.learner] if self.reference is None else [self.learner, self.reference]
+        for keeper in keepers:
+            keeper.open()
+        for keeper in keepers:
+            await keeper.ready()
+        if self.moving is not None and checkpoint is None:
+            await self.save()  # or there would be nothing to bring a reference back from
+
+    async def reshape(self, config: Config) -> None:
+        """Go on with another number of ranks or ZeRO stage, from a checkpoint made for it."""
+        await self.save()
+        await self.saving()
+        self.config = config
+        await self.learner.renew()
+
+    async def _catch_up(self, learner: Learner) -> None:
+        """Bring a new learner to where the run stands, and the reference that follows it."""
+        started, books = self._recorder.now(), self._books
+        checkpoint = await asyncio.to_thread(self._checkpoints.newest)
+        version = 0
+        if checkpoint is not None:
+            version = await self._in_time(learner.load(checkpoint.learner), f"load {checkpoint.path}")
+            if version != checkpoint.manifest.version:
+                raise LearnerError(f"{checkpoint.path} holds version {version}, expected {checkpoint.manifest.version}")
+            await self._lead(lambda reference: reference.load(checkpoint.reference))
+        loaded = version
+        while version < books.step:
+            version += 1
+            await self._repeat(learner, version)
+            if self._follower is not None and self._due(version) and version <= (self._taken or 0):
+                weights = await self._in_time(learner.publish(), f"publish version {version}")
+                await self._lead(lambda reference, weights=weights: reference.update(weights))  # type: ignore[misc]
+        if version > loaded:
+            seconds = self._recorder.now() - started
+            books.ledger.note("learner rebuilt", version=version, checkpoint=loaded, seconds=round(seconds, 3))
+            self._recorder.event(f"rebuild {version} from {loaded}", started, self._recorder.now(), "learner")
+            logger.info("the learner repeated %d steps in %.1f s: it is at %d", version - loaded, seconds, version)
+
+    async def _repeat(self, learner: Learner, version: int) -> None:
+        try:
+            items = await self._books.consumed(version)
+        except DataError as error:
+            raise LearnerError(
+                f"step {version} cannot be repeated, so the learner cannot be rebuilt: {error}; "
+                "the same command goes on from the newest checkpoint, with new samples"
+            ) from error
+        report = await self._in_time(learner.step(items), f"repeat step {version}")
+        self._check(report, version)
+
+    async def _lead(self, ask: Callable[[Reference], Awaitable[Any]]) -> None:
+        """Have the follower do something; one that dies of it is left behind, and no fault of the learner."""
+        if self._follower is None:
+            return
+        try:
+            await self._in_time(ask(self._follower), "follow")
+        except WorkerDied as error:
+            logger.warning("the reference was lost while it was brought back: %s", error)
+            self._follower = None
+
+    async def _restore(self, reference: Reference) -> None:
+        """Bring a new reference to where the run stands. One that moves follows the learner there once more."""
+        if self.moving is None:
+            return
+        checkpoint = await asyncio.to_thread(self._checkpoints.newest)
+        loaded = 0
+        if checkpoint is not None:
+            loaded = await self._in_time(reference.load(checkpoint.reference), f"load {checkpoint.path}")
+        if self._taken is None:
+            self._taken = loaded
+            self._recorder.reference(loaded)
+        if not any(self._due(version) for version in range(loaded + 1, self._taken + 1)):
+            return
+        self._follower = reference
+        await self.learner.renew()
+        follower, self._follower = self._follower, None
+        if follower is None:
+            raise WorkerDied("reference", "it was lost while it was brought back")
+
+    def _due(self, version: int) -> bool:
+        return version % self.config.reference.every == 0
+
+    # ---- small things ----
+
+    def _check(self, report: StepReport, expected: int) -> None:
+        if report.version != expected:
+            raise LearnerError(f"the learner made version {report.version}, expected {expected}")
+
+    async def _ask(self, ask: Callable[[Learner], Awaitable[T]], what: str) -> T:
+        return await self.learner.call(ask, what)
+
+    async def _in_time(self, call: Awaitable[T], what: str) -> T:
+        """A call that is part of bringing a role up: past its time, the role is started once more."""
+        seconds = self.config.learner.step_timeout_s
+        return await within(seconds, call, WorkerStalled("learner", f"did not {what} within {seconds:g} s"))
