@@ -78,6 +78,31 @@ def inspect(
     run(run_dir, prompt, html)
 
 
+@app.command(help="How a run stands: its roles, versions, queues, restarts and newest incident.")
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; only of a run that is going on.")] = False,
+) -> None:
+    from rlsys.cli.control import status as run
+
+    run(run_dir, as_json)
+
+
+@app.command(help="Change the sizes of a run that is going on.")
+def scale(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    generators: Annotated[int | None, typer.Option(min=1)] = None,
+    reward_workers: Annotated[int | None, typer.Option(min=1)] = None,
+    learner_ranks: Annotated[int | None, typer.Option(min=1, help="The learner goes on from a checkpoint.")] = None,
+    zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="The learner goes on from a checkpoint.")] = None,
+) -> None:
+    from rlsys.cli.control import scale as run
+    from rlsys.config.models import Sizes
+
+    sizes = {"generators": generators, "reward_workers": reward_workers}
+    run(run_dir, Sizes.model_validate({**sizes, "learner_ranks": learner_ranks, "zero_stage": zero_stage}))
+
+
 def _checked_path(config: Path) -> Path:
     if str(config).startswith("-"):
         raise ConfigError(f"CONFIG comes first, before {config}: rlsys COMMAND CONFIG [--dotted.key value ...]")

@@ -49,6 +49,7 @@ async def run(
     from rlsys.actors.cluster import start_roles
     from rlsys.algorithms.compose import Algorithm
     from rlsys.algorithms.rollout import bound_strategy
+    from rlsys.driver.control import controlled
     from rlsys.driver.loop import Driver
     from rlsys.ledger.ledger import Ledger
     from rlsys.prompts.stream import PromptStream, eval_prompts
@@ -70,7 +71,8 @@ async def run(
                     with_expert=algorithm.needs.expert,
                 )
                 interrupts.driver = driver
-                return await driver.run()
+                async with controlled(driver, run_dir):
+                    return await driver.run()
             finally:
                 ledger.close()
                 await roles.store.close()
@@ -101,7 +103,7 @@ class Interrupts:
 
     def _interrupt(self) -> None:
         self._count += 1
-        if self.driver is not None and self._count == 1:
+        if self.driver is not None and self.driver.started and self._count == 1:
             self._console.warn("stopping after this step, with a checkpoint; Ctrl-C again ends at once")
             self.driver.stop()
         elif self._task is not None:

@@ -362,6 +362,15 @@ class ResourcesConfig(Strict):
     ray_address: str | None = Field(None, description="null: a private cluster on this machine; auto: the running one.")
 
 
+class Sizes(Strict):
+    """What can be changed while a run goes on (`rlsys scale`); null: as it is."""
+
+    generators: PositiveInt | None = None
+    reward_workers: PositiveInt | None = None
+    learner_ranks: PositiveInt | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+
+
 class Config(Strict):
     """A run."""
 

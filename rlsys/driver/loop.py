@@ -24,12 +24,14 @@ A run ends when `run.steps` batches are trained, or after `stop()`; in both case
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlsys.config.identity import config_hash
-from rlsys.config.models import Config
+from rlsys.config.models import Config, Sizes
 from rlsys.curricula import Curriculum
 from rlsys.curricula.in_order import InOrder
 from rlsys.driver import options
@@ -115,6 +117,7 @@ class Driver:
         self.started = False  # every role is there
         self._stops = 0
         self._held = False  # S = 0: no new prompts during an evaluation or a checkpoint
+        self._reshaped: Config | None = None  # what the learner is to be like, from the next step on
         self._main: asyncio.Task[Any] | None = None
         self._tasks: asyncio.TaskGroup
         self._background: set[asyncio.Task[None]] = set()
@@ -159,6 +162,56 @@ class Driver:
         elif self._main is not None:
             self._main.cancel()
 
+    def scale(self, sizes: Sizes) -> list[str]:
+        """Begin to have so many workers, and a learner of such a shape; returns what is changed.
+
+        New workers get the newest weights before they get work, leaving ones finish what they have. The learner is
+        started anew from a checkpoint, between two steps.
+        """
+        said = []
+        for name, pool in (("generators", self.generators), ("reward_workers", self.rewarders)):
+            count = getattr(sizes, name)
+            if count is not None and count != pool.size:
+                said.append(f"{name}: {pool.size} -> {count}")
+                pool.resize(count)
+        config = self._reshaped or self.training.config
+        asked = {"ranks": sizes.learner_ranks, "zero_stage": sizes.zero_stage}
+        changes = {k: v for k, v in asked.items() if v is not None and v != getattr(config.learner, k)}
+        if changes:
+            said += [f"learner.{key}: {getattr(config.learner, key)} -> {value}" for key, value in changes.items()]
+            self._reshaped = config.model_copy(update={"learner": config.learner.model_copy(update=changes)})
+        if said:
+            self.ledger.note("scaled", changes=said)
+            self.bell.ring()
+        return said
+
+    def status(self) -> dict[str, Any]:
+        """How things stand, for people: in JSON's types."""
+        books, pools, keepers = self.books, (self.generators, self.rewarders), self.training.keepers
+        workers = [*(status for pool in pools for status in pool.status()), *(keeper.status() for keeper in keepers)]
+        return {
+            "run": self.config.run.name,
+            "time": time.time(),
+            "started": self.started,
+            "stopping": self._stops > 0,
+            "step": self.step,
+            "steps": self.config.run.steps,
+            "checkpoint": self.training.saved,
+            "versions": {"learner": self.step, "gate": books.gate.version},
+            "groups": {
+                "open_slots": books.gate.open_slots(),
+                "under_way": books.buffer.under_way,
+                "buffered": books.buffer.finished,
+            },
+            "queued": {pool.options.kind: pool.queued for pool in pools},
+            "learner": {
+                "ranks": self.training.config.learner.ranks,
+                "zero_stage": self.training.config.learner.zero_stage,
+            },
+            "workers": [asdict(status) for status in workers],
+            "newest_incident": self.incidents.newest,
+        }
+
     # ---- the loops ----
 
     async def admit(self) -> None:
@@ -184,6 +237,8 @@ class Driver:
                     await self._unless_stopped(evaluation)
             if save:
                 await self.training.save()
+            if self._reshaped is not None:
+                await self._reshape()
             self._held = False
             self.bell.ring()
 
@@ -201,7 +256,11 @@ class Driver:
             if self.books.ready:
                 self.recorder.waited(self.recorder.now() - started)
                 return self.books.take()
-            await self.bell.until(lambda: self._stops > 0 or self.books.ready, "a full batch")
+            if self._reshaped is not None:
+                await self._reshape()
+            await self.bell.until(
+                lambda: self._stops > 0 or self.books.ready or self._reshaped is not None, "a full batch"
+            )
         return None
 
     async def _train(self, items: Sequence[TrainItem]) -> None:
@@ -226,6 +285,11 @@ class Driver:
         if self.drawing.curriculum.needs_values:
             await self.training.judge()
         self.weights.publish(weights)
+
+    async def _reshape(self) -> None:
+        assert self._reshaped is not None
+        config, self._reshaped = self._reshaped, None
+        await self.training.reshape(config)
 
     async def _evaluate_meanwhile(self, step: int) -> None:
         await self.evaluator.meanwhile(step, self.config.eval.every_prompts)

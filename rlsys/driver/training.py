@@ -79,6 +79,10 @@ class Training:
             )
 
     @property
+    def keepers(self) -> list[Keeper[Any]]:
+        return [self.learner] if self.reference is None else [self.learner, self.reference]
+
+    @property
     def moving(self) -> Keeper[Reference] | None:
         """The reference, where it follows the policy."""
         return None if self.config.reference.update == "frozen" else self.reference
@@ -187,10 +191,9 @@ class Training:
     async def start(self, checkpoint: Checkpoint | None) -> None:
         """Start the learner and the reference, from the newest checkpoint where there is one."""
         self.saved = -1 if checkpoint is None else checkpoint.manifest.version
-        keepers: list[Keeper[Any]] = [self.learner] if self.reference is None else [self.learner, self.reference]
-        for keeper in keepers:
+        for keeper in self.keepers:
             keeper.open()
-        for keeper in keepers:
+        for keeper in self.keepers:
             await keeper.ready()
         if self.moving is not None and checkpoint is None:
             await self.save()  # or there would be nothing to bring a reference back from

@@ -81,7 +81,7 @@ class PoolOptions:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker, for people. `state` is "starting", "healthy" or "draining"; `work` its pieces of work."""
+    """One worker, for people. `state` is starting, healthy, draining or leaving; `work` its pieces of work."""
 
     name: str
     state: str
@@ -140,12 +140,22 @@ class WorkerPool(ABC, Generic[W, J, R]):
         return self._wanted <= self._healthy.keys()
 
     @property
+    def size(self) -> int:
+        """How many workers were asked for."""
+        return len(self._wanted)
+
+    @property
+    def queued(self) -> int:
+        """Pieces of work that wait for a worker."""
+        return len(self._queue) + sum(map(len, self._companies))
+
+    @property
     def outstanding(self) -> int:
         """Pieces of work queued or lent out."""
-        return len(self._queue) + sum(map(len, self._companies)) + sum(map(len, self._jobs.values()))
+        return self.queued + sum(map(len, self._jobs.values()))
 
     def status(self) -> list[WorkerStatus]:
-        names = sorted(self._wanted | self._healthy.keys(), key=lambda name: (len(name), name))
+        names = sorted(self._wanted | self._healthy.keys() | self._starting, key=lambda name: (len(name), name))
         return [self._status(name) for name in names]
 
     def submit(self, work: Sequence[J]) -> list[asyncio.Future[tuple[R, str]]]:
@@ -211,9 +221,8 @@ class WorkerPool(ABC, Generic[W, J, R]):
         """Bring a started worker up to date before it gets work."""
 
     def _status(self, name: str) -> WorkerStatus:
-        state = "starting"
-        if name in self._healthy:
-            state = "healthy" if name in self._wanted else "draining"
+        here, wanted = name in self._healthy, name in self._wanted
+        state = ("healthy" if here else "starting") if wanted else ("draining" if here else "leaving")
         return WorkerStatus(name, state, len(self._jobs.get(name, ())), self.restarts.total[name])
 
     # ---- work ----
