@@ -54,6 +54,10 @@ class SegmentError(RlsysError):
     """A response cannot be cut as it was asked for; it costs the prompt, not the run."""
 
 
+class HandleLost(RlsysError):
+    """What a handle pointed to is gone, with the node that had it: to be made or read again."""
+
+
 class WorkerDied(RlsysError):
     """The process behind a role ended. `worker` is its name, such as "generator-0"."""
 

@@ -159,6 +159,10 @@ class Books:
             self.ledger.dropped(info.prompt_id, f"step skipped: {report.skipped}", self.step)
         return f"dropped: step skipped: {report.skipped}"
 
+    async def reread(self, prompt_ids: Sequence[str]) -> list[TrainItem]:
+        """Groups without a fate, from disk: their handles are new."""
+        return list(await self._store(self.store.load(prompt_ids, self.step)))
+
     def write(self, items: Sequence[TrainItem], fate: str) -> asyncio.Task[None]:
         """Move the batch of the newest step to its final file, with the reference's log-probs."""
         writing = self._run(self._write(items, fate, self.step))

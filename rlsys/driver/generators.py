@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.waiting import within
 from rlsys.driver.workers import PoolOptions, Run, WorkerPool, WorkerStatus
-from rlsys.errors import WeightUpdateError, WorkerStalled
+from rlsys.errors import HandleLost, WeightUpdateError, WorkerStalled
 from rlsys.roles import Generated, Generator, PublishedWeights, Sampling, UpdateReport
 from rlsys.types import Prompt
 
@@ -37,12 +37,15 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
         restarts: Restarts,
         update_timeout_s: float,
         updated: Callable[[UpdateReport, float, float], None],
+        publish_again: Callable[[], Awaitable[PublishedWeights]],
     ) -> None:
         self.newest: PublishedWeights | None = None
         # By the worker itself, not by its name: what one takes that was given up meanwhile says nothing of the next.
         self._versions: WeakKeyDictionary[Generator, int] = WeakKeyDictionary()
         self._update_timeout_s = update_timeout_s
         self._updated = updated
+        self._publish_again = publish_again
+        self._publishing = asyncio.Lock()
         super().__init__(options, spawn, run, restarts)
 
     @property
@@ -55,7 +58,10 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
         return min(self.versions.values(), default=None)
 
     async def update(self, generator: Generator, weights: PublishedWeights) -> None:
-        """Have one generator take the weights. Raises WorkerDied (WorkerStalled past the deadline) or EngineError."""
+        """Have one generator take the weights. Raises WorkerDied (WorkerStalled past the deadline) or EngineError.
+
+        When the weights are lost, they are published again, and the generator is still to take them.
+        """
         loop = asyncio.get_running_loop()
         late = WorkerStalled(
             generator.name, f"did not take version {weights.version} within {self._update_timeout_s:g} s"
@@ -64,12 +70,20 @@ class GeneratorPool(WorkerPool[Generator, Request, Generated]):
         self._leases.hold(generator.name)
         try:
             report = await within(self._update_timeout_s, generator.update(weights), late)
+        except HandleLost:
+            await self._replace_weights(weights)
+            return
         finally:
             self._leases.resume(generator.name, loop.time())
         if report.version != weights.version:
             raise WeightUpdateError(f"{generator.name} took version {report.version} instead of {weights.version}")
         self._versions[generator] = weights.version
         self._updated(report, started, loop.time())
+
+    async def _replace_weights(self, lost: PublishedWeights) -> None:
+        async with self._publishing:
+            if self.newest is lost:
+                self.newest = await self._publish_again()
 
     async def _start(self, worker: Generator, work: Sequence[Request]) -> Sequence[Awaitable[Generated]]:
         answers: list[Awaitable[Generated]] = []

@@ -24,6 +24,7 @@ A run ends when `run.steps` batches are trained, or after `stop()`; in both case
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
@@ -49,12 +50,14 @@ from rlsys.driver.rewarders import RewarderPool
 from rlsys.driver.training import Training
 from rlsys.driver.waiting import Bell
 from rlsys.driver.weights import WeightRollout
-from rlsys.errors import RunDirError, first_of
+from rlsys.errors import HandleLost, RunDirError, first_of
 from rlsys.ledger.ledger import Ledger
 from rlsys.metrics import reduce
-from rlsys.roles import Roles, Tracker, TrainItem
+from rlsys.roles import PublishedWeights, Roles, Tracker, TrainItem
 from rlsys.segments import Strategy
 from rlsys.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class Driver:
@@ -101,7 +104,7 @@ class Driver:
         events, common = self.incidents.events, (self._spawn, self.restarts)
         self.generators = GeneratorPool(
             options.generator_options(config, events),
-            *(roles.spawn_generator, *common, config.weights.timeout_s, self.recorder.updated),
+            *(roles.spawn_generator, *common, config.weights.timeout_s, self.recorder.updated, self._publish_again),
         )
         self.rewarders = RewarderPool(options.rewarder_options(config, events, strategy), roles.spawn_rewarder, *common)
         self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
@@ -264,7 +267,13 @@ class Driver:
         return None
 
     async def _train(self, items: Sequence[TrainItem]) -> None:
-        report, fate = await self.training.step(items)
+        while True:
+            try:
+                report, fate = await self.training.step(items)
+                break
+            except HandleLost as error:
+                logger.warning("the batch of step %d is read again from disk: %s", self.step + 1, error)
+                items = await self.production.again(items)
         infos = [item.info for item in items]
         chosen = self.drawing.observe(report, infos, reduce(report.metrics))
         self.recorder.step(report, infos, chosen, self.books.buffer.under_way, self.books.buffer.finished)
@@ -285,6 +294,9 @@ class Driver:
         if self.drawing.curriculum.needs_values:
             await self.training.judge()
         self.weights.publish(weights)
+
+    async def _publish_again(self) -> PublishedWeights:
+        return await self.training.publish()
 
     async def _reshape(self) -> None:
         assert self._reshaped is not None

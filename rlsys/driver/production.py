@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,11 +15,13 @@ from rlsys.driver.progress import Recorder
 from rlsys.driver.rewarders import RewarderPool, Rounds
 from rlsys.driver.waiting import gathered
 from rlsys.driver.workers import WorkFailed
-from rlsys.errors import SegmentError
+from rlsys.errors import HandleLost, SegmentError
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Branch, Generated, Handle, Reference, Scored, TrainItem
 from rlsys.segments import Strategy
 from rlsys.types import GroupInfo, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class Production:
@@ -55,6 +59,18 @@ class Production:
         return [self._produce(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     async def _produce(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
+        """Whatever is lost on the way, with the node that had it, is sampled again."""
+        while True:
+            try:
+                return await self._once(prompt, generating)
+            except HandleLost as error:
+                self._ledger.failed(prompt.id, "its node", str(error))
+                logger.warning("%s is sampled again: %s", prompt.id, error)
+            self._recorder.sampling(1)
+            request = Request(prompt, self._books.drawing.sampling(prompt), training=True)
+            [generating] = self._generators.submit([request])
+
+    async def _once(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
         books = self._books
         try:
             generated, _ = await generating
@@ -111,13 +127,34 @@ class Production:
 
     async def finish(self, prompt: Prompt, scored: Scored) -> None:
         """A scored group that is on disk: filter it, have the reference score it, let the learner have it."""
-        info, keeper, logprobs = scored.info, self._reference, None
+        info = scored.info
         if reason := self._books.reject(info):
             return await self._books.drop(prompt, reason, info, on_disk=True)
-        if keeper is not None:
+        try:
+            item = await self._compared(TrainItem(info, scored.payload, None))
+        except WorkFailed as error:
+            return await self._books.drop(prompt, f"reference failed: {error}", info, on_disk=True)
+        self._books.finish(prompt, item)
+
+    async def again(self, items: Sequence[TrainItem]) -> list[TrainItem]:
+        """The same groups with new handles: read from disk, and compared with the reference once more."""
+        ids = [item.info.prompt_id for item in items]
+        return await asyncio.gather(*map(self._compared, await self._books.reread(ids)))
+
+    async def _compared(self, item: TrainItem) -> TrainItem:
+        """With the reference's log-probs, where there is one."""
+        if self._reference is None:
+            return item
+        while True:
             try:
-                logprobs = await keeper.call(lambda reference: reference.logprobs(scored.payload), f"score {prompt.id}")
-            except WorkFailed as error:
-                return await self._books.drop(prompt, f"reference failed: {error}", info, on_disk=True)
-            keeper.worked()
-        self._books.finish(prompt, TrainItem(info, scored.payload, logprobs))
+                logprobs = await self._logprobs(self._reference, item)
+            except HandleLost as error:
+                logger.warning("%s is read again from disk: %s", item.info.prompt_id, error)
+                [item] = await self._books.reread([item.info.prompt_id])
+            else:
+                return replace(item, reference=logprobs)
+
+    async def _logprobs(self, keeper: Keeper[Reference], item: TrainItem) -> Handle:
+        found = await keeper.call(lambda reference: reference.logprobs(item.scored), f"score {item.info.prompt_id}")
+        keeper.worked()
+        return found

@@ -24,7 +24,7 @@ from rlsys.driver.progress import Recorder
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.waiting import within
 from rlsys.driver.workers import Run, WorkerEvents
-from rlsys.errors import DataError, LearnerError, WorkerDied, WorkerStalled
+from rlsys.errors import DataError, HandleLost, LearnerError, WorkerDied, WorkerStalled
 from rlsys.roles import Learner, PublishedWeights, Reference, Roles, StepReport, TrainItem
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Training:
         self._run = run
         self._spawn_learner = roles.spawn_learner
         self._saving: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # a step and its settlement are one
         self._taken: int | None = None  # newest version that the moving reference has taken
         self._follower: Reference | None = None  # a moving reference that is being brought back with the learner
         timeout = {"timeout_s": config.learner.step_timeout_s, "timeout_key": "learner.step_timeout_s"}
@@ -90,22 +91,26 @@ class Training:
     # ---- steps ----
 
     async def step(self, items: Sequence[TrainItem]) -> tuple[StepReport, str]:
-        """Train on a batch; what it says, and the fate that the books have for these prompts now."""
+        """Train on a batch; what it says, and the fate that the books have for these prompts now.
+
+        Raises HandleLost when the batch is not all there any more.
+        """
         books = self._books
         started = self._recorder.now()
-        report = await self._ask(lambda learner: learner.step(items), f"take step {books.step + 1}")
-        self._check(report, books.step + 1)
+        async with self._turn:
+            report = await self._ask(lambda learner: learner.step(items), f"take step {books.step + 1}")
+            self._check(report, books.step + 1)
+            fate = books.settle([item.info for item in items], report)
         self.learner.worked()
-        infos = [item.info for item in items]
-        fate = books.settle(infos, report)
         self.position = books.ledger.position
         self._recorder.event(f"step {books.step}", started, self._recorder.now(), "learner")
         return report, fate
 
     async def publish(self) -> PublishedWeights:
-        """The newest weights."""
+        """The newest weights. May be asked for at any time: between two steps they are those of the step before."""
         started = self._recorder.now()
-        weights = await self._ask(lambda learner: learner.publish(), f"publish version {self._books.step}")
+        async with self._turn:
+            weights = await self._ask(lambda learner: learner.publish(), f"publish version {self._books.step}")
         self._recorder.published(weights)
         self._recorder.event(f"publish {weights.version}", started, self._recorder.now(), "learner")
         return weights
@@ -118,10 +123,18 @@ class Training:
         if self.moving is None or not self._due(weights.version):
             return
         started = self._recorder.now()
-        await self.moving.call(lambda reference: reference.update(weights), f"take version {weights.version}")
+        while True:
+            try:
+                await self._move(self.moving, weights)
+                break
+            except HandleLost:
+                weights = await self.publish()
         self._taken = weights.version
         self._recorder.reference(weights.version)
         self._recorder.event(f"update to {weights.version}", started, self._recorder.now(), "reference")
+
+    async def _move(self, reference: Keeper[Reference], weights: PublishedWeights) -> None:
+        await reference.call(lambda reference: reference.update(weights), f"take version {weights.version}")
 
     async def judge(self) -> None:
         """Ask the critic about the prompts that may come next, before the gate opens for them."""

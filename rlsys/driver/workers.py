@@ -288,7 +288,8 @@ class WorkerPool(ABC, Generic[W, J, R]):
         except EngineError as error:
             self._failed_at(worker, job, error)
         except RlsysError as error:
-            self._take_back(worker, job)
+            if self._take_back(worker, job):
+                self._router.cancelled(worker.name)
             if not job.future.done():
                 job.future.set_exception(error)
         else:
