@@ -69,6 +69,7 @@ def _print_running(console: Console, found: Mapping[str, Any]) -> None:
         ("groups", "{under_way} under way, {buffered} buffered, {open_slots} slots open".format(**groups)),
         ("queued", queued),
         ("learner", f"{learner['ranks']} ranks, ZeRO {learner['zero_stage']}"),
+        ("going on", ", ".join(found["doing"]) or "nothing"),
         ("checkpoint", saved),
         ("newest incident", found["newest_incident"] or "none"),
     ):

@@ -77,10 +77,8 @@ class Evaluator:
             f"the evaluation at step {step} did not end within eval.timeout_s={self._timeout_s:g} s: "
             "raise it, or evaluate fewer prompts (eval.prompts, eval.every_prompts)"
         )
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        result = await within(self._timeout_s, self._evaluate(prompts), late)
-        self._recorder.event(f"evaluation at {step}", started, loop.time(), "evaluation")
+        with self._recorder.span(f"evaluation at {step}", "evaluation"):
+            result = await within(self._timeout_s, self._evaluate(prompts), late)
         self._recorder.tracker.log_eval(step, result)
         self._ledger.remember(f"eval.{key}", {"step": step, **result})
 

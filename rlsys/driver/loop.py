@@ -212,6 +212,7 @@ class Driver:
                 "zero_stage": self.training.config.learner.zero_stage,
             },
             "workers": [asdict(status) for status in workers],
+            "doing": self.recorder.doing(),
             "newest_incident": self.incidents.newest,
         }
 
@@ -395,5 +396,6 @@ class Driver:
         return (
             f"step {self.step}, gate at version {books.gate.version} with {books.gate.open_slots()} open slots, "
             f"{books.buffer.under_way} groups under way, {books.buffer.finished} buffered, "
-            f"healthy: {', '.join([*self.generators.healthy, *self.rewarders.healthy]) or 'nobody'}"
+            f"healthy: {', '.join([*self.generators.healthy, *self.rewarders.healthy]) or 'nobody'}; "
+            f"going on: {', '.join(self.recorder.doing()) or 'nothing'}"
         )

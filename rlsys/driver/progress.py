@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -73,6 +73,7 @@ class Recorder:
         self._gather_s: dict[int, float] = {}
         self._weights_version = -1
         self._reference: int | None = None
+        self._doing: dict[object, tuple[str, str, float]] = {}  # name, lane, and since when
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -146,6 +147,22 @@ class Recorder:
 
     def event(self, name: str, start: float, end: float, lane: str) -> None:
         self.tracker.event(name, start, end, lane)
+
+    @contextmanager
+    def span(self, name: str, lane: str) -> Iterator[None]:
+        """What the block does is going on, and an event once it is done."""
+        started, key = self.now(), object()
+        self._doing[key] = (name, lane, started)
+        try:
+            yield
+            self.event(name, started, self.now(), lane)
+        finally:
+            del self._doing[key]
+
+    def doing(self) -> list[str]:
+        """What is going on, and since when: `step 12 at the learner for 1.3 s`."""
+        now = self.now()
+        return [f"{name} at the {lane} for {now - started:.1f} s" for name, lane, started in self._doing.values()]
 
     # ---- per step ----
 

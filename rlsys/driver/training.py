@@ -96,23 +96,23 @@ class Training:
         Raises HandleLost when the batch is not all there any more.
         """
         books = self._books
-        started = self._recorder.now()
+        step = books.step + 1
         async with self._turn:
-            report = await self._ask(lambda learner: learner.step(items), f"take step {books.step + 1}")
-            self._check(report, books.step + 1)
+            with self._recorder.span(f"step {step}", "learner"):
+                report = await self._ask(lambda learner: learner.step(items), f"take step {step}")
+            self._check(report, step)
             fate = books.settle([item.info for item in items], report)
         self.learner.worked()
         self.position = books.ledger.position
-        self._recorder.event(f"step {books.step}", started, self._recorder.now(), "learner")
         return report, fate
 
     async def publish(self) -> PublishedWeights:
         """The newest weights. May be asked for at any time: between two steps they are those of the step before."""
-        started = self._recorder.now()
         async with self._turn:
-            weights = await self._ask(lambda learner: learner.publish(), f"publish version {self._books.step}")
+            version = self._books.step
+            with self._recorder.span(f"publish {version}", "learner"):
+                weights = await self._ask(lambda learner: learner.publish(), f"publish version {version}")
         self._recorder.published(weights)
-        self._recorder.event(f"publish {weights.version}", started, self._recorder.now(), "learner")
         return weights
 
     async def move_reference(self, weights: PublishedWeights) -> None:
@@ -122,16 +122,15 @@ class Training:
         """
         if self.moving is None or not self._due(weights.version):
             return
-        started = self._recorder.now()
-        while True:
-            try:
-                await self._move(self.moving, weights)
-                break
-            except HandleLost:
-                weights = await self.publish()
+        with self._recorder.span(f"update to {weights.version}", "reference"):
+            while True:
+                try:
+                    await self._move(self.moving, weights)
+                    break
+                except HandleLost:
+                    weights = await self.publish()
         self._taken = weights.version
         self._recorder.reference(weights.version)
-        self._recorder.event(f"update to {weights.version}", started, self._recorder.now(), "reference")
 
     async def _move(self, reference: Keeper[Reference], weights: PublishedWeights) -> None:
         await reference.call(lambda reference: reference.update(weights), f"take version {weights.version}")
@@ -150,7 +149,6 @@ class Training:
         """Copy the learner's state, and where everything else stands. The files are written while the run goes on."""
         await self.saving()
         books, version = self._books, self._books.step
-        started = self._recorder.now()
         manifest = Manifest(
             version=version,
             position=self.position,
@@ -166,37 +164,36 @@ class Training:
             directory = await asyncio.to_thread(self._checkpoints.begin, version)
             return await learner.save(directory)
 
-        writing = await self._ask(copy, "save a checkpoint")
-        if self.moving is not None:
+        async def save(reference: Reference) -> None:
             place = self._checkpoints.place(version, REFERENCE)
+            await asyncio.to_thread(place.mkdir, exist_ok=True)
+            await reference.save(place)
 
-            async def save(reference: Reference) -> None:
-                await asyncio.to_thread(place.mkdir, exist_ok=True)
-                await reference.save(place)
-
-            await self.moving.call(save, "save a checkpoint")
-        self._recorder.event(f"copy {version}", started, self._recorder.now(), "learner")
-        self._saving = self._run(self._commit(manifest, writing, started))
+        with self._recorder.span(f"copy {version}", "learner"):
+            writing = await self._ask(copy, "save a checkpoint")
+            if self.moving is not None:
+                await self.moving.call(save, "save a checkpoint")
+        self._saving = self._run(self._commit(manifest, writing))
 
     async def saving(self) -> None:
         """Return when no checkpoint is being written."""
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
-    async def _commit(self, manifest: Manifest, writing: Awaitable[None], started: float) -> None:
+    async def _commit(self, manifest: Manifest, writing: Awaitable[None]) -> None:
         version, limit = manifest.version, self.config.learner.step_timeout_s
         late = LearnerError(f"checkpoint {version} was not written within learner.step_timeout_s={limit:g} s")
-        try:
-            await within(limit, writing, late)
-        except WorkerDied as error:
-            # The one before still stands; what died is noticed, and brought back, by whoever asks it next.
-            logger.warning("checkpoint %d is given up: %s", version, error)
-            self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
-            return
-        await self._books.ledger.flush()
-        await asyncio.to_thread(self._checkpoints.commit, manifest)
+        with self._recorder.span(f"checkpoint {version}", "checkpoints"):
+            try:
+                await within(limit, writing, late)
+            except WorkerDied as error:
+                # The one before still stands; what died is noticed, and brought back, by whoever asks it next.
+                logger.warning("checkpoint %d is given up: %s", version, error)
+                self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
+                return
+            await self._books.ledger.flush()
+            await asyncio.to_thread(self._checkpoints.commit, manifest)
         self.saved = version
-        self._recorder.event(f"checkpoint {version}", started, self._recorder.now(), "checkpoints")
         self._books.ledger.note("checkpoint", version=version)
 
     # ---- coming back ----
