@@ -21,6 +21,8 @@ from rlsys.types import GroupInfo, Prompt
 
 Handle = Any  # Handle[X]: an X, or a reference to one
 
+INSPECT_TIMEOUT_S = 15.0
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -130,6 +132,17 @@ class TrainItem:
     reference: Handle | None  # of Reference.logprobs' result; None when not needed
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """One process of a role: for the report of a death or a hang."""
+
+    worker: str  # such as "learner-1"
+    node: str  # address of its node
+    pid: int
+    stacks: str  # Python stacks of it and of its children, each with its state; "" where it has ended
+    output: str  # the last lines that it printed; in brackets why there are none
+
+
 class Generator(Protocol):
     """One engine. Calls may overlap."""
 
@@ -145,6 +158,13 @@ class Generator(Protocol):
 
     async def update(self, weights: PublishedWeights) -> UpdateReport:
         """Take a version; requests that are running go on under it. Verifies the checksum and the probe."""
+        ...
+
+    async def inspect(self) -> Sequence[ProcessReport]:
+        """What its processes are doing, or printed last.
+
+        Never raises for a process that is gone, and takes at most `INSPECT_TIMEOUT_S`.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -166,6 +186,13 @@ class Rewarder(Protocol):
         """Score a group, with everything that was branched off it. What is not for training has no branches."""
         ...
 
+    async def inspect(self) -> Sequence[ProcessReport]:
+        """What its processes are doing, or printed last.
+
+        Never raises for a process that is gone, and takes at most `INSPECT_TIMEOUT_S`.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -184,6 +211,20 @@ class Reference(Protocol):
 
     async def load(self, directory: Path) -> int:
         """Load what `save` wrote; return the version of the newest policy weights in it, 0: none yet."""
+        ...
+
+    async def progress(self) -> int:
+        """A sign of life, also in the middle of another call: how many calls have been completed.
+
+        Raises WorkerDied. Does not come back when a process of the role is stopped.
+        """
+        ...
+
+    async def inspect(self) -> Sequence[ProcessReport]:
+        """What its processes are doing, or printed last.
+
+        Never raises for a process that is gone, and takes at most `INSPECT_TIMEOUT_S`.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -208,6 +249,20 @@ class Learner(Protocol):
 
     async def load(self, directory: Path) -> int:
         """Load what `save` wrote; return the version."""
+        ...
+
+    async def progress(self) -> int:
+        """A sign of life, also in the middle of another call: how many calls have been completed.
+
+        Raises WorkerDied. Does not come back when a process of the role is stopped.
+        """
+        ...
+
+    async def inspect(self) -> Sequence[ProcessReport]:
+        """What its processes are doing, or printed last.
+
+        Never raises for a process that is gone, and takes at most `INSPECT_TIMEOUT_S`.
+        """
         ...
 
     async def close(self) -> None: ...

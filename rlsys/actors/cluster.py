@@ -7,14 +7,16 @@ in it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from rlsys.actors import processes
 from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
 from rlsys.actors.reference import start_reference
@@ -26,7 +28,7 @@ from rlsys.errors import first_of
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles
 
-CLOSE_TIMEOUT_S = 20.0
+logger = logging.getLogger(__name__)
 
 
 def start_cluster(config: Config) -> None:
@@ -102,6 +104,20 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
             spawn_rewarder=spawn_rewarder,
         )
     finally:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await asyncio.gather(*(role.close() for role in started), return_exceptions=True)
-        ray.shutdown()
+        await end_cluster(started)
+
+
+async def end_cluster(roles: Sequence[Any]) -> None:
+    """Close the roles, end whatever else was started on the cluster, and leave it; a private one ends.
+
+    Takes at most 30 s. When it is cancelled, nothing is given time to close any more.
+    """
+    try:
+        for failure in await asyncio.gather(*(role.close() for role in roles), return_exceptions=True):
+            if failure is not None:  # not raised: it would hide the failure that led here
+                logger.error("a role could not be closed", exc_info=failure)
+    finally:
+        try:
+            await processes.end_all()
+        finally:
+            ray.shutdown()

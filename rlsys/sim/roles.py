@@ -24,6 +24,7 @@ from rlsys.roles import (
     Generated,
     Handle,
     Probe,
+    ProcessReport,
     PromptReport,
     PublishedWeights,
     SampleRow,
@@ -70,6 +71,7 @@ class _Mortal:
         self.stalled = False
         self._dead: str | None = None
         self._calls: set[asyncio.Future[Any]] = set()
+        self._completed = 0
 
     def kill(self, cause: str = "killed") -> None:
         self._dead = self._dead or cause
@@ -101,7 +103,19 @@ class _Mortal:
         finally:
             self._calls.discard(call)
         self.check()
+        self._completed += 1
         return result
+
+    async def sign(self) -> int:
+        """Completed calls; never comes back from a worker that stalls."""
+        self.check()
+        if self.stalled:
+            await asyncio.Future()
+        return self._completed
+
+    async def inspect(self) -> list[ProcessReport]:
+        stacks = "" if self._dead is not None else "stalled" if self.stalled else "alive"
+        return [ProcessReport(self.name, "simulated", 0, stacks, "")]
 
     async def close(self) -> None:
         self.kill("closed")
@@ -235,6 +249,9 @@ class SimReference(_Mortal):
         self.state = "initial"
         self.versions: list[int] = []  # that it has taken in
 
+    async def progress(self) -> int:
+        return await self.sign()
+
     async def logprobs(self, group: Handle) -> Handle:
         await self.living(pause(self._rng, self._timing.reference_s))
         level = -1 - random.Random(self.state).random()
@@ -276,6 +293,9 @@ class SimLearner(_Mortal):
         self.version = 0
         self.state = "initial"
         self.batches: list[TrainedBatch] = []
+
+    async def progress(self) -> int:
+        return await self.sign()
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         return await self.living(self._step(items))
