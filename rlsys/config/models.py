@@ -311,6 +311,10 @@ class DriverConfig(Strict):
     prompts_per_step: PositiveInt = 64
     max_staleness: NonNegativeInt = Field(1, description="Bound S in weight versions. 0: synchronous, deterministic.")
     max_groups_in_flight: PositiveInt | None = Field(None, description="null: as the staleness bound allows.")
+    restarts: NonNegativeInt = Field(
+        3,
+        description="Restarts in a row without progress before a role, or with --supervise the driver, is given up.",
+    )
 
 
 class EvalConfig(Strict):
