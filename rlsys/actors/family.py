@@ -19,7 +19,8 @@ from typing import NamedTuple
 import psutil
 
 PY_SPY = Path(sys.executable).with_name("py-spy")
-LINES, CHARACTERS = 20, 2000  # of one file of output, from its end
+LINES = 20  # of one file of output
+CHARACTERS = 4000  # of all output
 _RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes for its log monitor
 _TRACKER_S = 2.0
 
@@ -81,6 +82,13 @@ def end(members: Sequence[Member], timeout_s: float) -> list[Member]:
     return _wait(members, deadline)
 
 
+def wait(members: Sequence[Member], timeout_s: float) -> None:
+    """Until they have ended; not for those that are stopped, nor after `timeout_s`."""
+    with suppress(psutil.NoSuchProcess):
+        moving = [m for m in members if (process := m.process()) and process.status() != psutil.STATUS_STOPPED]
+        _wait(moving, time.monotonic() + timeout_s)
+
+
 def _is_tracker(member: Member) -> bool:
     with suppress(psutil.Error):
         if process := member.process():
@@ -109,7 +117,7 @@ def stacks(members: Sequence[Member], timeout_s: float, py_spy: Path = PY_SPY) -
     """
     deadline = time.monotonic() + timeout_s
     parts = []
-    for i, member in enumerate(members):
+    for i, member in enumerate(m for m in members if not _is_tracker(m)):
         with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):  # it ended meanwhile
             if process := member.process():
                 title = " ".join(process.cmdline()).strip()[:80] or process.name()
@@ -178,18 +186,18 @@ def outputs(pid: int | str = "self") -> list[Path]:
 
 
 def last_lines(files: Sequence[Path]) -> str:
-    """The end of what was printed: of each file at most `LINES` lines and `CHARACTERS` characters.
+    """The end of what was printed: at most `LINES` lines of each file and `CHARACTERS` characters in all.
 
-    What was written to last comes last.
+    The file that was written to last comes last.
     """
     there = [file for file in files if file.is_file()]
     ends = (_end_of(file) for file in sorted(there, key=lambda file: file.stat().st_mtime_ns))
-    return "\n".join(end for end in ends if end)
+    return "\n".join(end for end in ends if end)[-CHARACTERS:]
 
 
 def _end_of(file: Path) -> str:
     with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 8 * CHARACTERS))
+        stream.seek(max(0, file.stat().st_size - 4 * CHARACTERS))
         lines = stream.read().decode(errors="replace").splitlines()
     said = [line.rstrip() for line in lines if line.strip() and not line.startswith(_RAYS_OWN)]
-    return "\n".join(said[-LINES:])[-CHARACTERS:]
+    return "\n".join(said[-LINES:])

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 GRACE_S = 5.0  # for a role to close by itself
+RAYS_KILL_S = 1.0  # for Ray to kill an actor; when somebody else is faster, it takes that for an accident and says so
 KILL_TIMEOUT_S = 5.0  # for a killed process to be gone
 END_TIMEOUT_S = 10.0  # for all that a process has started to be gone; the node's agent may have to be started first
 SIGNS = "signs"  # concurrency group of `Shell.alive`, beside what an actor with threads computes
@@ -78,6 +79,7 @@ class NodeAgent:
 
     def kill(self, place: Place, mark: str, members: Sequence[Member]) -> list[Member]:
         """Kill these, and what else has the mark by now; returns those that could not be killed in time."""
+        family.wait([place.member], RAYS_KILL_S)
         rest = family.end(members, KILL_TIMEOUT_S)
         # One of them may have started another one meanwhile.
         while not rest and (late := family.family(place.member, _MARK, mark)):
