@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Handle = Any  # Handle[X]: an X, or a reference to one
 
+INSPECT_TIMEOUT_S = 15.0
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -140,8 +142,8 @@ class ProcessReport:
     worker: str  # such as "learner-1"
     node: str  # address of its node
     pid: int
-    stacks: str  # Python stacks of it and of its children; "" where it has ended
-    output: str  # the last lines that it printed
+    stacks: str  # Python stacks of it and of its children, each with its state; "" where it has ended
+    output: str  # the last lines that it printed; in brackets why there are none
 
 
 class Role(Protocol):
@@ -151,11 +153,17 @@ class Role(Protocol):
     def name(self) -> str: ...
 
     async def progress(self) -> int:
-        """How much it has done; that it answers is a sign of life. Raises WorkerDied."""
+        """How much it has done; that it answers is a sign of life, also in the middle of another call.
+
+        Raises WorkerDied. Does not come back when a process of the role is stopped.
+        """
         ...
 
     async def inspect(self) -> Sequence[ProcessReport]:
-        """What its processes are doing, or printed last. Raises nothing for a process that is gone."""
+        """What its processes are doing, or printed last.
+
+        Raises nothing for a process that is gone, and takes at most `INSPECT_TIMEOUT_S`.
+        """
         ...
 
     async def close(self) -> None:

@@ -7,14 +7,16 @@ in it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from rlsys.actors import processes
 from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
 from rlsys.actors.reference import start_reference
@@ -25,7 +27,7 @@ from rlsys.config.models import Config
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles
 
-CLOSE_TIMEOUT_S = 20.0
+logger = logging.getLogger(__name__)
 
 
 def start_cluster(config: Config) -> None:
@@ -63,11 +65,11 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
     algorithm = Algorithm.from_config(config.algorithm)
     needs, strategy = algorithm.needs, bound_strategy(algorithm, config, model_path)
     start_cluster(config)
-    started: list[Any] = []
+    started: dict[str, Any] = {}  # the newest of each name: the driver has ended the others
 
     async def keep(starting: Awaitable[Any]) -> Any:
         role = await starting
-        started.append(role)
+        started[role.name] = role
         return role
 
     async def spawn_generator(name: str) -> Any:
@@ -91,6 +93,20 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
             spawn_reference=spawn_reference if needs.reference else None,
         )
     finally:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await asyncio.gather(*(role.close() for role in started), return_exceptions=True)
-        ray.shutdown()
+        await end_cluster(list(started.values()))
+
+
+async def end_cluster(roles: Sequence[Any]) -> None:
+    """Close the roles, end whatever else was started on the cluster, and leave it; a private one ends.
+
+    Takes at most 30 s. When it is cancelled, nothing is given time to close any more.
+    """
+    try:
+        for failure in await asyncio.gather(*(role.close() for role in roles), return_exceptions=True):
+            if failure is not None:  # not raised: it would hide the failure that led here
+                logger.error("a role could not be closed", exc_info=failure)
+    finally:
+        try:
+            await processes.end_all()
+        finally:
+            ray.shutdown()

@@ -7,21 +7,22 @@ import functools
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
+from rlsys.actors.answers import answer
+from rlsys.actors.processes import Process, Shell, close, first_line, starting
 from rlsys.config.models import Config
-from rlsys.errors import EngineError, RlsysError, WorkerDied
-from rlsys.roles import Generated, PublishedWeights, Sampling, UpdateReport
+from rlsys.errors import EngineError
+from rlsys.roles import Generated, ProcessReport, PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.engine import VllmGenerator
 from rlsys.types import GroupInfo, Prompt, RolloutGroup, group_info
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-CLOSE_TIMEOUT_S = 15.0
 MAX_CALLS = 100_000  # calls in an actor at once: each prompt in flight is one
 
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
 EngineFactory = Callable[[str, Config, Path, int], Engine]
 
 
-class GeneratorActor:
+class GeneratorActor(Shell):
     """The shell around an engine; calls overlap.
 
     A batch of prompts comes in one call (`submit`) and goes out in one call per prompt (`result`), so that each group
@@ -91,9 +92,10 @@ class GeneratorActor:
 class RayGenerator:
     """A generator as the driver sees it (`roles.Generator`)."""
 
-    def __init__(self, name: str, actor: ActorHandle[Any]) -> None:
+    def __init__(self, name: str, actor: ActorHandle[Any], process: Process) -> None:
         self.name = name
         self.actor = actor
+        self._process = process
         self._batches = itertools.count()
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Awaitable[Generated]]:
@@ -107,7 +109,7 @@ class RayGenerator:
             info, group = self.actor.result.options(num_returns=2).remote(batch, i)
             task = asyncio.create_task(self._generated(info, group))
             # Not in the task itself: one that is cancelled before its first step never runs.
-            task.add_done_callback(functools.partial(self._cancel_with, batch, i))
+            task.add_done_callback(functools.partial(self._done, batch, i))
             answers.append(task)
         return answers
 
@@ -122,27 +124,27 @@ class RayGenerator:
         report: UpdateReport = await self._answer(self.actor.update.remote(described, weights.payload))
         return report
 
+    async def inspect(self) -> list[ProcessReport]:
+        return [await self._process.report()]
+
     async def close(self) -> None:
-        """End the actor and its engine process. One that is dead already is closed."""
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self.actor.close.remote()
-        except (RayActorError, TimeoutError):
-            pass  # the kill below ends it in any case, and its engine process ends with it
-        ray.kill(self.actor)
+        """End the actor and its engine process, within 15 s. One that is dead already is closed."""
+        await close([self._process], [self.actor.close.remote()])
 
     async def _generated(self, info: ray.ObjectRef, group: ray.ObjectRef) -> Generated:
         return Generated(await self._answer(info), group)
 
-    def _cancel_with(self, batch: int, i: int, task: asyncio.Task[Generated]) -> None:
+    def _done(self, batch: int, i: int, task: asyncio.Task[Generated]) -> None:
         if task.cancelled():
             self.actor.cancel.remote(batch, i)
+        else:
+            task.exception()  # nobody may be waiting for it any more: then asyncio is not to complain
 
     async def _answer(self, ref: Any) -> Any:
         try:
-            return await ref
-        except (RayActorError, RayTaskError) as error:
-            _raise_ours(self.name, error)
+            return await answer(self.name, ref)
+        except RayTaskError as error:
+            raise _failed(self.name, error) from error
 
 
 async def start_generator(
@@ -152,7 +154,7 @@ async def start_generator(
 
     It claims its GPUs but no CPU: cores are planned by the number of workers. `version` is what its weights are
     labelled with until the first update. Raises EngineError past `rollout.start_timeout_s`, WorkerDied, and what the
-    engine raises.
+    engine raises; failures come with what the process printed last.
     """
     gpus = config.rollout.engine.tensor_parallel if config.profile == "gpu" else 0
     remote: Any = ray.remote(GeneratorActor)
@@ -163,31 +165,20 @@ async def start_generator(
         max_task_retries=0,
         max_concurrency=MAX_CALLS,
     ).remote(factory, name, config, Path(model_path), version)
-    try:
-        async with asyncio.timeout(config.rollout.start_timeout_s):
-            await actor.start.remote()
-    except TimeoutError:
-        ray.kill(actor)
-        limit = config.rollout.start_timeout_s
-        raise EngineError(f"{name} was not ready within rollout.start_timeout_s={limit:g} s") from None
-    except (RayActorError, RayTaskError) as error:
-        ray.kill(actor)
-        _raise_ours(name, error)
-    except BaseException:
-        ray.kill(actor)
-        raise
-    return RayGenerator(name, actor)
+    process = Process(name, actor)
+    async with starting(process):
+        try:
+            async with asyncio.timeout(config.rollout.start_timeout_s):
+                await process.locate()
+                await answer(name, actor.start.remote())
+        except TimeoutError:
+            limit = config.rollout.start_timeout_s
+            raise EngineError(f"{name} was not ready within rollout.start_timeout_s={limit:g} s") from None
+        except RayTaskError as error:
+            raise _failed(name, error) from error
+    return RayGenerator(name, actor, process)
 
 
-def _raise_ours(name: str, error: RayActorError | RayTaskError) -> NoReturn:
-    """Raise what an error of Ray means to the driver."""
-    if isinstance(error, RayActorError):
-        raise WorkerDied(name, _first_line(error)) from error
-    cause = error.cause
-    if isinstance(cause, RlsysError):
-        raise cause from error
-    raise EngineError(f"{name}: {type(cause).__name__}: {_first_line(cause)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _failed(name: str, error: RayTaskError) -> EngineError:
+    """What nobody foresaw: vLLM has many ways to fail, which the router holds against the generator."""
+    return EngineError(f"{name}: {type(error.cause).__name__}: {first_line(error.cause)}")

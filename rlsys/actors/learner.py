@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
+from rlsys.actors.answers import answer_or_death
+from rlsys.actors.processes import SIGNS, Process, Shell, close, starting
 from rlsys.algorithms.compose import Algorithm
 from rlsys.config.models import Config
-from rlsys.errors import LearnerError, RlsysError, WorkerDied
+from rlsys.errors import LearnerError, WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
-from rlsys.roles import Handle, PublishedWeights, StepReport, TrainItem
+from rlsys.roles import Handle, ProcessReport, PublishedWeights, StepReport, TrainItem
 from rlsys.types import Prompt
 from rlsys.weights import nccl
 from rlsys.weights.nccl import Connect, Sender
@@ -25,14 +26,13 @@ from rlsys.weights.nccl import Connect, Sender
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-CLOSE_TIMEOUT_S = 10.0
 BLAME_TIMEOUT_S = 5.0
 
 
 SENDING = "sending"  # concurrency group of the calls that send weights, beside training
 
 
-class LearnerActor:
+class LearnerActor(Shell):
     """The shell around a `LearnerRank`. Calls of all ranks belong together, and come one at a time.
 
     Those of the `Sender`, rank 0's with `weights.engine: nccl`, come in the concurrency group `SENDING`.
@@ -114,15 +114,21 @@ class RaySender:
         await self._call(self._actor.send, generator, version)
 
     async def _call(self, method: Any, *arguments: Any) -> Any:
-        return await _value("learner-0", method.options(concurrency_group=SENDING).remote(*arguments))
+        return await answer_or_death("learner-0", method.options(concurrency_group=SENDING).remote(*arguments))
 
 
 class RayLearner:
     """All ranks as the driver sees them (`roles.Learner`). Calls follow each other; none may overlap."""
 
-    def __init__(self, actors: Sequence[ActorHandle[Any]], sender: RaySender | None = None) -> None:
+    name = "learner"
+
+    def __init__(
+        self, actors: Sequence[ActorHandle[Any]], processes: Sequence[Process], sender: RaySender | None = None
+    ) -> None:
         self.actors = tuple(actors)
+        self._processes = tuple(processes)
         self._sender = sender
+        self._completed = 0
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         """Raises WorkerDied naming the rank, NonFiniteError, LearnerError."""
@@ -145,22 +151,36 @@ class RayLearner:
         weights: PublishedWeights = (await self._all([ref[0] for ref in refs]))[0]
         return replace(weights, payload=refs[0][1] if self._sender is None else self._sender)
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, directory: Path) -> Awaitable[None]:
         await self._all([actor.save.remote(_absolute(directory)) for actor in self.actors])
+        return asyncio.sleep(0)
 
     async def load(self, directory: Path) -> int:
         versions = await self._all([actor.load.remote(_absolute(directory)) for actor in self.actors])
         return int(versions[0])
 
+    async def progress(self) -> int:
+        """Raises WorkerDied naming the rank. Comes back when all ranks have given a sign."""
+        await self._answers([actor.alive.options(concurrency_group=SIGNS).remote() for actor in self.actors])
+        return self._completed
+
+    async def inspect(self) -> list[ProcessReport]:
+        """One report a rank."""
+        return list(await asyncio.gather(*(process.report() for process in self._processes)))
+
     async def close(self) -> None:
-        """End all ranks. A rank that does not answer, or is dead already, is killed."""
-        await asyncio.wait([asyncio.ensure_future(a.close.remote()) for a in self.actors], timeout=CLOSE_TIMEOUT_S)
-        for actor in self.actors:
-            ray.kill(actor)
+        """End all ranks, within 15 s. A rank that does not answer, or is dead already, is killed."""
+        await close(self._processes, [actor.close.remote() for actor in self.actors])
 
     async def _all(self, refs: Sequence[Any]) -> list[Any]:
+        """The results of a call of all ranks; see `_answers`."""
+        results = await self._answers(refs)
+        self._completed += 1
+        return results
+
+    async def _answers(self, refs: Sequence[Any]) -> list[Any]:
         """Every rank's result, or the failure of the rank that failed first: the others hang or fail because of it."""
-        tasks = [asyncio.ensure_future(_value(f"learner-{rank}", ref)) for rank, ref in enumerate(refs)]
+        tasks = [asyncio.ensure_future(answer_or_death(f"learner-{rank}", ref)) for rank, ref in enumerate(refs)]
         try:
             done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             errors = [error for task in done if (error := task.exception()) is not None]
@@ -181,24 +201,13 @@ def _absolute(directory: Path) -> Path:
     return directory.absolute()
 
 
-async def _value(worker: str, ref: Any) -> Any:
-    try:
-        return await ref
-    except RayActorError as error:
-        raise WorkerDied(worker, str(error).splitlines()[0]) from error
-    except RayTaskError as error:
-        if isinstance(error.cause, RlsysError):
-            raise error.cause from None
-        raise LearnerError(f"{worker}: {error.cause!r}") from error
-
-
 async def start_learner(config: Config, model_path: Path, connect: Connect = nccl.connect) -> RayLearner:
     """Start all ranks and wait until they have met and loaded the model.
 
     `connect` is how weights are sent with `weights.engine: nccl`.
 
     Raises DataError or ConfigError for what cannot work, WorkerDied when a rank ends, LearnerError when they are not
-    ready within `learner.start_timeout_s`.
+    ready within `learner.start_timeout_s`; each with what the ranks printed last.
     """
     timeout_s = config.learner.start_timeout_s
     options: Any = ray.remote  # whose types do not know concurrency groups
@@ -210,20 +219,20 @@ async def start_learner(config: Config, model_path: Path, connect: Connect = ncc
         # Threads that spin while they wait take the cores from the generator, and from each other: 4 times slower
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         # A generator that dies while it receives may leave a thread behind; its successor needs another one.
-        concurrency_groups={SENDING: 4 * config.rollout.generators} if config.weights.engine == "nccl" else None,
+        concurrency_groups={SIGNS: 1}
+        | ({SENDING: 4 * config.rollout.generators} if config.weights.engine == "nccl" else {}),
     )(LearnerActor)
     actors: list[ActorHandle[Any]] = [remote.remote(connect) for _ in range(config.learner.ranks)]
-    learner = RayLearner(actors, RaySender(actors[0]) if config.weights.engine == "nccl" else None)
-    try:
-        async with asyncio.timeout(timeout_s):
-            address, port = await _value("learner-0", actors[0].open_rendezvous.remote(timeout_s))
-            await learner._all(
-                [actor.start.remote(config, str(model_path), rank, address, port) for rank, actor in enumerate(actors)]
-            )
-    except BaseException as error:
-        for actor in actors:
-            ray.kill(actor)
-        if isinstance(error, TimeoutError):
+    processes = [Process(f"learner-{rank}", actor) for rank, actor in enumerate(actors)]
+    learner = RayLearner(actors, processes, RaySender(actors[0]) if config.weights.engine == "nccl" else None)
+    async with starting(*processes):
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(process.locate() for process in processes))
+                address, port = await answer_or_death("learner-0", actors[0].open_rendezvous.remote(timeout_s))
+                await learner._answers(
+                    [actor.start.remote(config, str(model_path), i, address, port) for i, actor in enumerate(actors)]
+                )
+        except TimeoutError:
             raise LearnerError(f"the learner was not ready after {timeout_s:g} s (learner.start_timeout_s)") from None
-        raise
     return learner

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
+from rlsys.actors.answers import answer_or_death
+from rlsys.actors.processes import SIGNS, Process, Shell, close, starting
 from rlsys.config.models import Config
-from rlsys.errors import RlsysError, WorkerDied
+from rlsys.errors import WorkerDied
 from rlsys.reference.server import ReferenceServer
-from rlsys.roles import Handle, PublishedWeights
+from rlsys.roles import Handle, ProcessReport, PublishedWeights
 from rlsys.types import ScoredGroup
 from rlsys.weights.publish import unpack, verify
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "reference"
 
 
-class ReferenceActor:
+class ReferenceActor(Shell):
     """The shell around a `ReferenceServer`; groups are scored one after another, in order of arrival."""
 
     def start(self, config: Config, model_path: str) -> None:
@@ -50,8 +51,12 @@ class ReferenceActor:
 class RayReference:
     """The reference policy as the driver sees it (`roles.Reference`)."""
 
-    def __init__(self, actor: ActorHandle[Any]) -> None:
+    name = NAME
+
+    def __init__(self, actor: ActorHandle[Any], process: Process) -> None:
         self.actor = actor
+        self._process = process
+        self._completed = 0
 
     async def logprobs(self, group: Handle) -> Handle:
         """Returns when the group is scored. Raises WorkerDied."""
@@ -73,44 +78,47 @@ class RayReference:
         version: int = await self._answer(self.actor.load.remote(str(directory)))
         return version
 
+    async def progress(self) -> int:
+        """Raises WorkerDied."""
+        await answer_or_death(NAME, self.actor.alive.options(concurrency_group=SIGNS).remote())
+        return self._completed
+
+    async def inspect(self) -> list[ProcessReport]:
+        return [await self._process.report()]
+
     async def close(self) -> None:
-        ray.kill(self.actor)
+        """End it, within 15 s. One that is dead already is closed."""
+        await close([self._process])
 
     async def _answer(self, ref: Any) -> Any:
-        try:
-            return await ref
-        except RayActorError as error:
-            raise WorkerDied(NAME, str(error).splitlines()[0]) from error
-        except RayTaskError as error:
-            if isinstance(error.cause, RlsysError):
-                raise error.cause from error
-            raise
+        value = await answer_or_death(NAME, ref)
+        self._completed += 1
+        return value
 
 
 async def start_reference(config: Config, model_path: Path) -> RayReference:
     """Start the server and wait until its model is loaded.
 
     Raises DataError for a model that does not load, and WorkerDied when the process ends or is not ready within
-    `reference.start_timeout_s`.
+    `reference.start_timeout_s`, with what it printed last.
     """
-    remote: Any = ray.remote(
+    options: Any = ray.remote  # whose types do not know concurrency groups
+    remote = options(
         num_cpus=0,
         num_gpus=1 if config.profile == "gpu" else 0,
         max_restarts=0,
         max_task_retries=0,
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # see rlsys.actors.learner
+        concurrency_groups={SIGNS: 1},
     )(ReferenceActor)
     actor: ActorHandle[Any] = remote.remote()
-    try:
-        async with asyncio.timeout(config.reference.start_timeout_s):
-            await actor.start.remote(config, str(model_path))
-    except RayActorError as error:
-        raise WorkerDied(NAME, str(error).splitlines()[0]) from error
-    except TimeoutError:
-        ray.kill(actor)
-        seconds = config.reference.start_timeout_s
-        raise WorkerDied(NAME, f"not ready after {seconds:g} s (reference.start_timeout_s)") from None
-    except BaseException:
-        ray.kill(actor)
-        raise
-    return RayReference(actor)
+    process = Process(NAME, actor)
+    async with starting(process):
+        try:
+            async with asyncio.timeout(config.reference.start_timeout_s):
+                await process.locate()
+                await answer_or_death(NAME, actor.start.remote(config, str(model_path)))
+        except TimeoutError:
+            seconds = config.reference.start_timeout_s
+            raise WorkerDied(NAME, f"not ready after {seconds:g} s (reference.start_timeout_s)") from None
+    return RayReference(actor, process)

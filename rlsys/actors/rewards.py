@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
+from rlsys.actors.answers import answer
+from rlsys.actors.processes import Process, Shell, close, starting
 from rlsys.config.models import RewardsConfig
-from rlsys.errors import RlsysError, WorkerDied
+from rlsys.errors import WorkerDied
 from rlsys.rewards.setup import with_absolute_paths
 from rlsys.rewards.worker import RewardWorker, default_search_path
-from rlsys.roles import Branch, Handle, Scored
+from rlsys.roles import Branch, Handle, ProcessReport, Scored
 from rlsys.segments import Strategy, scored
 from rlsys.types import GroupInfo, RolloutGroup, ScoredGroup, group_info
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
+START_TIMEOUT_S = 60.0  # for the actor's process; what the functions take, the worker itself sees to
 
-class RewardActor:
+
+class RewardActor(Shell):
     """The shell around a `RewardWorker`; calls overlap."""
 
     def __init__(self, name: str, config: RewardsConfig, search_path: Sequence[str], strategy: Strategy | None) -> None:
@@ -55,34 +58,36 @@ class RewardActor:
 class RayRewarder:
     """A reward worker as the driver sees it (`roles.Rewarder`)."""
 
-    def __init__(self, name: str, actor: ActorHandle[Any]) -> None:
+    def __init__(self, name: str, actor: ActorHandle[Any], process: Process) -> None:
         self.name = name
         self.actor = actor
+        self._process = process
+        self._completed = 0
 
     async def branch(self, rounds: Sequence[Sequence[Handle]]) -> Sequence[Branch]:
         """Raises WorkerDied, SegmentError."""
-        try:
-            branches: list[Branch] = await self.actor.branch.remote(rounds)
-        except (RayActorError, RayTaskError) as error:
-            raise _ours(self.name, error) from error
+        branches: list[Branch] = await answer(self.name, self.actor.branch.remote(rounds))
+        self._completed += 1
         return branches
 
     async def score(self, rounds: Sequence[Sequence[Handle]], training: bool) -> Scored:
         """Raises WorkerDied, SegmentError, and what `RewardWorker.score` raises."""
         refs: list[Any] = self.actor.score.options(num_returns=2).remote(rounds, training)
-        try:
-            info, seconds = await refs[0]
-        except (RayActorError, RayTaskError) as error:
-            raise _ours(self.name, error) from error
+        info, seconds = await answer(self.name, refs[0])
+        self._completed += 1
         return Scored(info, refs[1], seconds)
 
+    async def progress(self) -> int:
+        """Pieces of work that have come back. Raises WorkerDied."""
+        await answer(self.name, self.actor.alive.remote())
+        return self._completed
+
+    async def inspect(self) -> list[ProcessReport]:
+        return [await self._process.report()]
+
     async def close(self) -> None:
-        """End the worker and its child. One that is dead already is closed."""
-        try:
-            await self.actor.close.remote()
-        except RayActorError:
-            return
-        ray.kill(self.actor)
+        """End the worker and its child, within 15 s. One that is dead already is closed."""
+        await close([self._process], [self.actor.close.remote()])
 
 
 async def _opened(rounds: Sequence[Sequence[ObjectRef]]) -> list[list[RolloutGroup]]:
@@ -91,7 +96,8 @@ async def _opened(rounds: Sequence[Sequence[ObjectRef]]) -> list[list[RolloutGro
 
 
 async def start_rewarder(name: str, config: RewardsConfig, strategy: Strategy | None = None) -> RayRewarder:
-    """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied.
+    """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied,
+    with what the process printed last.
 
     Its functions are found on the caller's module path and in its working directory. It claims no CPU: cores are
     planned by the number of workers.
@@ -99,18 +105,12 @@ async def start_rewarder(name: str, config: RewardsConfig, strategy: Strategy | 
     # A worker that died is replaced by the driver, which knows what it was doing.
     remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(RewardActor)
     actor: ActorHandle[Any] = remote.remote(name, with_absolute_paths(config), default_search_path(), strategy)
-    try:
-        await actor.start.remote()
-    except BaseException as error:
-        ray.kill(actor)
-        if isinstance(error, RayActorError | RayTaskError):
-            raise _ours(name, error) from error
-        raise
-    return RayRewarder(name, actor)
-
-
-def _ours(name: str, error: RayActorError | RayTaskError) -> Exception:
-    """What the worker raised, without Ray's traceback in its message, or that it died."""
-    if isinstance(error, RayTaskError):
-        return error.cause if isinstance(error.cause, RlsysError) else error
-    return WorkerDied(name, (str(error).strip() or type(error).__name__).splitlines()[0])
+    process = Process(name, actor)
+    async with starting(process):
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S + config.start_timeout_s):
+                await process.locate()
+                await answer(name, actor.start.remote())
+        except TimeoutError:
+            raise WorkerDied(name, "its process does not start, or stands still") from None
+    return RayRewarder(name, actor, process)

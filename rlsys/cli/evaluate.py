@@ -118,9 +118,7 @@ async def _score(
 @asynccontextmanager
 async def _workers(config: Config, model: Path) -> AsyncIterator[tuple[list[Generator], list[Rewarder]]]:
     """The generators and reward workers alone; ended on the way out."""
-    import ray
-
-    from rlsys.actors.cluster import start_cluster
+    from rlsys.actors.cluster import end_cluster, start_cluster
     from rlsys.actors.generator import start_generator
     from rlsys.actors.rewards import start_rewarder
 
@@ -138,5 +136,4 @@ async def _workers(config: Config, model: Path) -> AsyncIterator[tuple[list[Gene
             started += rewarders
         yield list(generators), list(rewarders)
     finally:
-        await asyncio.gather(*(role.close() for role in started), return_exceptions=True)
-        ray.shutdown()
+        await end_cluster(started)

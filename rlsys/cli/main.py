@@ -30,9 +30,15 @@ _HOW = "\n\nKeys of the config are set with `--dotted.key value`, after CONFIG."
 
 
 @app.command(context_settings=_OVERRIDES, help="Train, as the config says, or go on with a run." + _HOW)
-def train(context: typer.Context, config: ConfigPath) -> None:
-    from rlsys.cli.train import train as run
-
+def train(
+    context: typer.Context,
+    config: ConfigPath,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Start the driver again when it dies.")] = False,
+) -> None:
+    if supervise:
+        from rlsys.cli.supervise import supervise as run
+    else:
+        from rlsys.cli.train import train as run
     run(_checked_path(config), context.args)
 
 

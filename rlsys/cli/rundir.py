@@ -15,7 +15,7 @@ from rlsys.config.models import Config
 from rlsys.errors import RunDirError, UserError
 from rlsys.trackers.jsonl import METRICS
 
-CONFIG, LOCK = "config.yaml", "run.lock"
+CONFIG, LOCK, SUPERVISE_LOG = "config.yaml", "run.lock", "supervise.log"
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         _check_contents(path, config)  # another process may have come in between
         if _is_barren(path):
             for entry in path.iterdir():
-                if entry.name != LOCK:
+                if entry.name not in (LOCK, SUPERVISE_LOG):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         dump_config(config, path / CONFIG)
         try:

@@ -10,12 +10,11 @@ from typing import Protocol, TypeVar
 
 from rlsys.driver.waiting import within
 from rlsys.errors import EngineError, RlsysError, UserError, WorkerDied, WorkerStalled
-from rlsys.roles import ProcessReport
+from rlsys.roles import INSPECT_TIMEOUT_S, ProcessReport
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 45.0  # for ending a worker; what it does in that time has its own limits, which are shorter
-INSPECT_TIMEOUT_S = 20.0
 LONGEST_PAUSE_S = 60.0  # between two restarts
 
 
@@ -121,9 +120,9 @@ async def end(worker: Worker) -> None:
 
 async def inspected(worker: Worker) -> Sequence[ProcessReport]:
     """What its processes were doing; nothing when that cannot be found out in time."""
-    late = WorkerStalled(worker.name, f"could not be inspected within {INSPECT_TIMEOUT_S:g} s")
+    late = WorkerStalled(worker.name, f"could not be inspected within {2 * INSPECT_TIMEOUT_S:g} s")
     try:
-        return await within(INSPECT_TIMEOUT_S, worker.inspect(), late)
+        return await within(2 * INSPECT_TIMEOUT_S, worker.inspect(), late)
     except (WorkerDied, EngineError) as error:
         logger.warning("%s", error)
         return ()

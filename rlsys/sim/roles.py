@@ -71,6 +71,7 @@ class Mortal:
         self.stalled = False
         self._dead: str | None = None
         self._calls: set[asyncio.Future[Any]] = set()
+        self._completed = 0
 
     def kill(self, cause: str = "killed") -> None:
         self._dead = self._dead or cause
@@ -83,13 +84,6 @@ class Mortal:
     def check(self) -> None:
         if self._dead is not None:
             raise WorkerDied(self.name, self._dead)
-
-    async def progress(self) -> int:
-        """A sign of life, which a stalled worker does not give."""
-        return int(await self.living(asyncio.sleep(0, 0)))
-
-    async def inspect(self) -> Sequence[ProcessReport]:
-        return ()
 
     async def living(self, work: Awaitable[Any]) -> Any:
         """The result of the work, unless the worker is killed or stalls first."""
@@ -109,7 +103,19 @@ class Mortal:
         finally:
             self._calls.discard(call)
         self.check()
+        self._completed += 1
         return result
+
+    async def progress(self) -> int:
+        """Completed calls; never comes back from a worker that stalls."""
+        self.check()
+        if self.stalled:
+            await asyncio.Future()
+        return self._completed
+
+    async def inspect(self) -> list[ProcessReport]:
+        stacks = "" if self._dead is not None else "stalled" if self.stalled else "alive"
+        return [ProcessReport(self.name, "simulated", 0, stacks, "")]
 
     async def close(self) -> None:
         self.kill("closed")

@@ -1,0 +1,51 @@
+"""A stand-in for the driver: does what its plan says for this start, and remembers how it was started.
+
+    python supervised_program.py RUN_DIR ACTION[,ACTION...] ... [again]
+
+One plan per start, the last one for every further start. Actions: `step:N` logs a step as the real one does, `save:N`
+makes a checkpoint's folder, `say:TEXT` prints on standard error, `leave` starts a process, stops it, and tells its pid
+in the file `left`; `wait` sleeps until a signal, whose name it says; `exit:N` and `kill` end it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main(run_dir: Path, plans: list[str]) -> None:
+    starts = run_dir / "starts"
+    count = len(starts.read_text().splitlines()) if starts.exists() else 0
+    with starts.open("a") as file:
+        file.write(f"{plans[-1]}\n")
+    if plans[-1] in ("first", "again"):
+        plans = plans[:-1]
+    for action in plans[min(count, len(plans) - 1)].split(","):
+        name, _, value = action.partition(":")
+        if name == "step":
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": int(value), "loss": 0.5}) + "\n")
+        elif name == "save":
+            (run_dir / "checkpoints" / f"step-{int(value):06d}").mkdir(parents=True)
+        elif name == "say":
+            print(value, file=sys.stderr, flush=True)
+        elif name == "leave":
+            left = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            left.send_signal(signal.SIGSTOP)
+            (run_dir / "left").write_text(str(left.pid))
+        elif name == "wait":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            print("waiting", os.getpid(), flush=True)
+            print(signal.Signals(signal.sigwait({signal.SIGINT, signal.SIGTERM})).name, flush=True)
+        elif name == "exit":
+            sys.exit(int(value))
+        elif name == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
