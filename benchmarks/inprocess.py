@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
 from rlsys.driver.loop import Driver
-from rlsys.errors import RlsysError, WorkerDied
+from rlsys.errors import ConfigError, RlsysError
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
 from rlsys.ledger.ledger import Ledger
@@ -26,6 +27,7 @@ from rlsys.rewards.worker import RewardWorker
 from rlsys.roles import (
     Branch,
     Generated,
+    ProcessReport,
     PublishedWeights,
     Roles,
     Sampling,
@@ -44,7 +46,17 @@ from rlsys.weights.publish import unpack
 T = TypeVar("T")
 
 
-class Generator:
+class Here:
+    """A role in this process: it lives as long as the program."""
+
+    async def progress(self) -> int:
+        return 0
+
+    async def inspect(self) -> Sequence[ProcessReport]:
+        return ()
+
+
+class Generator(Here):
     """An engine that is older than the run: its versions are those of the run and `offset` more."""
 
     name = "generator-0"
@@ -79,7 +91,7 @@ class Generator:
     async def close(self) -> None: ...
 
 
-class Rewarder:
+class Rewarder(Here):
     name = "rewarder-0"
 
     def __init__(self, worker: RewardWorker, strategy: Strategy) -> None:
@@ -96,7 +108,7 @@ class Rewarder:
     async def close(self) -> None: ...
 
 
-class _Threaded:
+class _Threaded(Here):
     """Calls follow each other in a thread, so that the event loop goes on."""
 
     def __init__(self) -> None:
@@ -107,6 +119,8 @@ class _Threaded:
 
 
 class Learner(_Threaded):
+    name = "learner"
+
     def __init__(self, rank: LearnerRank) -> None:
         super().__init__()
         self._rank = rank
@@ -125,7 +139,8 @@ class Learner(_Threaded):
     async def prompt_values(self, prompts: Sequence[Prompt]) -> Sequence[float]:
         return await self._call(self._rank.prompt_values, prompts)
 
-    async def save(self, directory: Path) -> None: ...  # nobody goes on from here
+    async def save(self, directory: Path) -> Awaitable[None]:
+        return asyncio.sleep(0)  # nobody goes on from here
 
     async def load(self, directory: Path) -> int:
         raise NotImplementedError
@@ -135,6 +150,8 @@ class Learner(_Threaded):
 
 
 class Reference(_Threaded):
+    name = "reference"
+
     def __init__(self, server: ReferenceServer) -> None:
         super().__init__()
         self._server = server
@@ -178,7 +195,7 @@ async def run(
     held_out = eval_prompts(config.prompts.eval, *common, 0, config.eval.prompts)
     tracker, error = RecordingTracker(), None
     with TemporaryDirectory() as directory:
-        parts = roles(config, model, algorithm, engine, worker)
+        parts, learner = roles(config, model, algorithm, engine, worker)
         ledger = Ledger(Path(directory) / "ledger.sqlite")
         try:
             driver = Driver(
@@ -192,26 +209,35 @@ async def run(
         except RlsysError as found:
             error = str(found)
         finally:
-            await parts.learner.close()
+            await learner.close()
             ledger.close()
     return tracker, error
 
 
-def roles(config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerator, worker: RewardWorker) -> Roles:
-    """Those of one run; close its learner afterwards."""
+def roles(
+    config: Config, model: Path, algorithm: Algorithm, engine: VllmGenerator, worker: RewardWorker
+) -> tuple[Roles, Learner]:
+    """Those of one run, and its learner, which is to be closed afterwards."""
     bound_strategy(algorithm, config, model)
     store = open_rendezvous("127.0.0.1", 60.0)
     rank = LearnerRank(config, model, algorithm, 0, 1, "127.0.0.1", store.port, store=store)
 
-    async def no_more(name: str) -> Any:
-        raise WorkerDied(name, "it is not restarted here")
-
+    learner, generator, rewarder = Learner(rank), Generator(engine), Rewarder(worker, algorithm.rollout)
+    reference = Reference(ReferenceServer(config, model)) if algorithm.needs.reference else None
     return Roles(
-        generators=[Generator(engine)],
-        rewarders=[Rewarder(worker, algorithm.rollout)],
-        learner=Learner(rank),
-        reference=Reference(ReferenceServer(config, model)) if algorithm.needs.reference else None,
         store=MemoryStore(),
-        spawn_generator=no_more,
-        spawn_rewarder=no_more,
-    )
+        spawn_generator=lambda name: _once(generator),
+        spawn_rewarder=lambda name: _once(rewarder),
+        spawn_learner=lambda config: _once(learner),
+        spawn_reference=None if reference is None else lambda: _once(reference),
+    ), learner
+
+
+_given: WeakSet[Any] = WeakSet()
+
+
+async def _once(role: T) -> T:
+    if role in _given:
+        raise ConfigError(f"{role} is not restarted here")
+    _given.add(role)
+    return role

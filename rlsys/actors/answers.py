@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -19,13 +20,19 @@ async def answer(worker: str, ref: Any) -> Any:
     try:
         return await ref
     except RayActorError as error:
-        raise WorkerDied(worker, first_line(error)) from error
+        raise WorkerDied(worker, _why(error)) from error
     except ObjectLostError as error:  # of the task's own, too: Ray makes classes that are both
         raise HandleLost(f"{worker} cannot have what it was given: {first_line(error)}") from error
     except RayTaskError as error:
         if isinstance(error.cause, RlsysError):
             raise error.cause from error
         raise
+
+
+def _why(error: RayActorError) -> str:
+    """What Ray knows of the end of a process, without its advice."""
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|\n|$)", str(error))
+    return f"its process ended: {detail[1]}" if detail else first_line(error)
 
 
 async def answer_or_death(worker: str, ref: Any) -> Any:

@@ -48,10 +48,10 @@ class Incidents:
             self._ledger.failed(work.root or work.prompt.id, worker, str(error))
 
     def _lost(self, loss: Loss) -> None:
-        had = f"; it had {_named(loss.work)}" if loss.work else ""
+        had = f" (at work: {_named(loss.work)})" if loss.work else ""
         self.newest = f"{loss.worker}: {loss.error.cause}"
         logger.warning(
-            "%s is lost: %s%s; it is restarted and its work goes elsewhere", loss.worker, loss.error.cause, had
+            "%s is lost: %s%s; it is restarted, and its work is done again", loss.worker, loss.error.cause, had
         )
         self._ledger.note("worker lost", worker=loss.worker, cause=loss.error.cause, work=list(loss.work))
         self._recorder.restarted(loss.worker)
@@ -61,10 +61,10 @@ class Incidents:
         """A hang is reported with what the process was doing; a death with what it said last."""
         hangs = isinstance(loss.error, WorkerStalled)
         title = f"{loss.worker} {'hangs' if hangs else 'died'}"
-        waiting = f"{loss.worker} has {_named(loss.work)}\n" if loss.work else ""
+        waiting = f"{loss.worker} was at work on {_named(loss.work)}\n" if loss.work else ""
         text = f"{loss.error.cause}\n{waiting}{self.state()}\n" + "\n".join(map(described, loss.processes))
         if loss.processes:
-            logger.warning("%s: %s", title, text)
+            logger.info("%s: %s", title, text)  # not on the screen: it is long
             self._ledger.note(
                 "processes of a lost worker",
                 worker=loss.worker,
