@@ -202,8 +202,13 @@ class Learner(Protocol):
         """The critic's value at the end of each prompt."""
         ...
 
-    async def save(self, directory: Path) -> None:
-        """Write model, optimizer, schedule, RNG and every stateful part below `directory` (already private)."""
+    async def save(self, directory: Path) -> Awaitable[None]:
+        """Copy everything that has state: model, optimizer, schedule, RNG and every stateful part.
+
+        Returns as soon as later steps cannot change the copy. What it returns is done when the files are written below
+        `directory` (already private), and raises LearnerError, WorkerDied or DiskFullError. One save at a time: a
+        second one waits for the first.
+        """
         ...
 
     async def load(self, directory: Path) -> int:

@@ -101,7 +101,8 @@ class Driver:
         self.step = 0  # batches consumed, which is also the learner's version
         self.gate = StalenessGate(self.batch, self.bound)
         self.buffer: GroupBuffer[TrainItem] = GroupBuffer(self.batch, self.bound)
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep.keep_last, keep.keep_best, keep.keep_every)
         self.bell = Bell(options.patience(config), self._state)
         events = PoolEvents(self.bell.ring, self._assigned, self._failed, self._lost, self._restarted)
         self.recorder = Recorder(tracker)
@@ -408,12 +409,19 @@ class Driver:
             totals=self.recorder.snapshot(),
             drawing=self.drawing.state_dict(),
         )
-        await self._learner(self.roles.learner.save(directory), "save a checkpoint")
-        if self._moving is not None:
-            place = directory.parent / REFERENCE
-            await asyncio.to_thread(place.mkdir)
-            await self._reference(self._moving.save(place), "save a checkpoint")
-        await self.ledger.flush()
+        try:
+            writing = await self._learner(self.roles.learner.save(directory), "copy its state for a checkpoint")
+            if self._moving is not None:
+                place = directory.parent / REFERENCE
+                await asyncio.to_thread(place.mkdir)
+                await self._reference(self._moving.save(place), "save a checkpoint")
+            await self._learner(writing, "save a checkpoint")
+            if self._writing:  # what the checkpoint counts as trained is in the store
+                await self._store(asyncio.wait(self._writing))
+            await self.ledger.flush()
+        except BaseException:
+            self.checkpoints.abandon(manifest.version)
+            raise
         await asyncio.to_thread(self.checkpoints.commit, manifest)
         self._saved = self.step
         self.recorder.event(f"checkpoint {self.step}", started, self.recorder.now(), "learner")

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +193,9 @@ def test_evaluation_and_checkpoints_do_not_stop_generation(tmp_path: Path) -> No
         def __init__(self, simulation: Simulation) -> None:
             self.save = simulation.learner.save
 
-        async def __call__(self, directory: Path) -> None:
+        async def __call__(self, directory: Path) -> Awaitable[None]:
             await asyncio.sleep(50.0)
-            await self.save(directory)
+            return await self.save(directory)
 
     def act(simulation: Simulation) -> None:
         simulation.learner.save = SlowSave(simulation)  # type: ignore[method-assign]

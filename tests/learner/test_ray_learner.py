@@ -113,7 +113,8 @@ async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_mode
         assert any(not np.array_equal(tensors[name], old[name]) for name in tensors)
         assert weights.probe.logprobs != first.probe.logprobs
 
-        await learner.save(tmp_path / "checkpoint")
+        written = await learner.save(tmp_path / "checkpoint")
+        await written
         saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "hf").named_parameters())
         assert saved.keys() == tensors.keys()
         for name in saved:
