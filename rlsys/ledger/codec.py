@@ -178,7 +178,7 @@ def with_fates(tables: Sequence[pa.Table], fates: Sequence[tuple[str, int]]) -> 
 def write_rows(table: pa.Table, path: Path, **options: Any) -> None:
     """Write a Parquet file, aside and then renamed. `options` are those of `pyarrow.parquet.write_table`.
 
-    Raises DiskFullError, RlsysError; what was written aside is gone then.
+    Raises DiskFullError, RlsysError; pyarrow has removed what was written of it then.
     """
     aside = path.with_suffix(".tmp")
     counted = table.replace_schema_metadata({_ROWS: str(table.num_rows)})
@@ -188,8 +188,6 @@ def write_rows(table: pa.Table, path: Path, **options: Any) -> None:
             aside.rename(path)
     except (OSError, pa.ArrowException) as error:
         raise RlsysError(f"rollout store: {path} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_rows(path: Path, schema: pa.Schema) -> pa.Table:

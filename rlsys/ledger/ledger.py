@@ -402,9 +402,10 @@ def ledger_error(path: Path, error: BaseException, done: str) -> RlsysError:
         return no_room(path, error)
     # Python's own errors, of text that is none, have no code.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+        what = " ".join(str(error).removeprefix("*** in database main ***").split())
         return RunDirError(
-            f"ledger {path} is damaged ({error}): put a copy of it back, or begin anew in another run.dir; `rlsys "
+            f"ledger {path} is damaged ({what}): put a copy of it back, or begin anew in another run.dir; `rlsys "
             f"export {path.parent} DIR` gives the model of its newest checkpoint"
         )
     return RlsysError(f"ledger {path} could not be {done}: {error}")
