@@ -87,11 +87,18 @@ def save(directory: Path, tokenizer: Path, memory: dict[str, Any]) -> None:
 
 def snapshot(memory: dict[str, Any]) -> None:
     held["snapshot"] = checkpoint.snapshot(held["learner"], memory)
+    for part in memory.values():  # as a part does that learns on
+        part.clear()
 
 
 def write(directory: Path, tokenizer: Path) -> None:
     if (copied := held.pop("snapshot")) is not None:
         checkpoint.write(copied, held["learner"].model, load_tokenizer(tokenizer), directory)
+
+
+def draw() -> float:
+    """The next number of the rank's own generator."""
+    return float(torch.rand(()))
 
 
 def load(directory: Path) -> Any:
