@@ -34,6 +34,10 @@ class RunDirError(UserError):
     """The run directory belongs to another config, or is in use."""
 
 
+class DiskFullError(UserError):
+    """No room is left for a file of the run. What was good before still is, and the same command goes on."""
+
+
 class EngineError(RlsysError):
     """A generation engine failed."""
 

@@ -230,9 +230,11 @@ class Learner(Role, Protocol):
         ...
 
     async def save(self, directory: Path) -> Awaitable[None]:
-        """Copy model, optimizer, schedule, RNG and every stateful part; later steps cannot change the copy.
+        """Copy everything that has state: model, optimizer, schedule, RNG and every stateful part.
 
-        What this returns is done when the copy is written below `directory` (already private).
+        Returns as soon as later steps cannot change the copy. What it returns is done when the files are written below
+        `directory` (already private), and raises LearnerError, WorkerDied or DiskFullError. One save at a time: a
+        second one waits for the first.
         """
         ...
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,3 +33,40 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warm_start=WarmStartConfig(steps=0),
     )
     return ensure_tiny_model(config, max_length=256, demonstrations=lambda: iter(()), fingerprint="untrained")
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of its own in memory."""
+
+    path: Path
+
+    def grow(self, kib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", self.path], check=True, capture_output=True)
+
+    def fill(self, free_kib: int = 0) -> None:
+        """Leave so much room and no more."""
+        free = shutil.disk_usage(self.path).free - free_kib * 1024
+        with (self.path / "filler").open("ab") as file:
+            file.write(bytes(max(0, free)))
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], SmallDisk]]:
+    """`small_disk(kib=64)` mounts one."""
+    mounted: list[Path] = []
+
+    def mount(kib: int) -> SmallDisk:
+        if shutil.which("mount") is None:
+            pytest.skip("a small file system cannot be mounted here: there is no mount")
+        path = tmp_path_factory.mktemp("disk")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(path)
+        return SmallDisk(path)
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "--lazy", path], check=True, capture_output=True)

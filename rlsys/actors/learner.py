@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 BLAME_TIMEOUT_S = 5.0
 
 
-SENDING = "sending"  # concurrency group of the calls that send weights, beside training
+# Concurrency groups of the calls that run beside training
+SENDING = "sending"  # weights
+SAVING = "saving"  # a checkpoint
 
 
 class LearnerActor(Shell):
     """The shell around a `LearnerRank`. Calls of all ranks belong together, and come one at a time.
 
-    Those of the `Sender`, rank 0's with `weights.engine: nccl`, come in the concurrency group `SENDING`.
+    Those of the `Sender`, rank 0's with `weights.engine: nccl`, come in the concurrency group `SENDING`, rank 0's
+    `write` in `SAVING`.
     """
 
     def __init__(self, connect: Connect) -> None:
@@ -87,8 +90,14 @@ class LearnerActor(Shell):
     def send(self, generator: str, version: int) -> None:
         self._sender.send(generator, version)
 
-    def save(self, directory: Path) -> None:
-        self._learner.save(directory)
+    def snapshot(self) -> None:
+        self._snapshot = self._learner.snapshot()
+
+    def write(self, directory: Path) -> None:
+        """Write the snapshot, and let go of it."""
+        snapshot, self._snapshot = self._snapshot, None
+        assert snapshot is not None
+        self._learner.write(snapshot, directory)
 
     def load(self, directory: Path) -> int:
         return self._learner.load(directory)
@@ -123,12 +132,19 @@ class RayLearner:
     name = "learner"
 
     def __init__(
-        self, actors: Sequence[ActorHandle[Any]], processes: Sequence[Process], sender: RaySender | None = None
+        self,
+        actors: Sequence[ActorHandle[Any]],
+        processes: Sequence[Process],
+        timeout_s: float,
+        sender: RaySender | None = None,
     ) -> None:
+        """`timeout_s`: how long a save waits for the one before."""
         self.actors = tuple(actors)
         self._processes = tuple(processes)
+        self._timeout_s = timeout_s
         self._sender = sender
         self._completed = 0
+        self._saving: asyncio.Future[None] | None = None
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         """Raises WorkerDied naming the rank, NonFiniteError, LearnerError."""
@@ -152,8 +168,19 @@ class RayLearner:
         return replace(weights, payload=refs[0][1] if self._sender is None else self._sender)
 
     async def save(self, directory: Path) -> Awaitable[None]:
-        await self._all([actor.save.remote(_absolute(directory)) for actor in self.actors])
-        return asyncio.sleep(0)
+        """See `roles.Learner.save`, `checkpoint.snapshot` (what is copied) and `checkpoint.write`."""
+        if self._saving is not None:
+            done, _ = await asyncio.wait([self._saving], timeout=self._timeout_s)
+            if not done:
+                raise LearnerError(
+                    f"the checkpoint before is still being written after {self._timeout_s:g} s "
+                    f"(learner.step_timeout_s): {directory} is not begun"
+                )
+        await self._all([actor.snapshot.remote() for actor in self.actors])
+        method: Any = self.actors[0].write
+        written = method.options(concurrency_group=SAVING).remote(_absolute(directory))
+        self._saving = asyncio.ensure_future(answer_or_death("learner-0", written))
+        return asyncio.shield(self._saving)  # whoever gives up waiting does not end the writing
 
     async def load(self, directory: Path) -> int:
         versions = await self._all([actor.load.remote(_absolute(directory)) for actor in self.actors])
@@ -211,6 +238,10 @@ async def start_learner(config: Config, model_path: Path, connect: Connect = ncc
     """
     timeout_s = config.learner.start_timeout_s
     options: Any = ray.remote  # whose types do not know concurrency groups
+    beside = {SIGNS: 1, SAVING: 1}
+    if config.weights.engine == "nccl":
+        # A generator that dies while it receives may leave a thread behind; its successor needs another one.
+        beside[SENDING] = 4 * config.rollout.generators
     remote = options(
         num_cpus=0,
         num_gpus=1 if config.profile == "gpu" else 0,
@@ -218,13 +249,12 @@ async def start_learner(config: Config, model_path: Path, connect: Connect = ncc
         max_task_retries=0,
         # Threads that spin while they wait take the cores from the generator, and from each other: 4 times slower
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-        # A generator that dies while it receives may leave a thread behind; its successor needs another one.
-        concurrency_groups={SIGNS: 1}
-        | ({SENDING: 4 * config.rollout.generators} if config.weights.engine == "nccl" else {}),
+        concurrency_groups=beside,
     )(LearnerActor)
     actors: list[ActorHandle[Any]] = [remote.remote(connect) for _ in range(config.learner.ranks)]
     processes = [Process(f"learner-{rank}", actor) for rank, actor in enumerate(actors)]
-    learner = RayLearner(actors, processes, RaySender(actors[0]) if config.weights.engine == "nccl" else None)
+    sender = RaySender(actors[0]) if config.weights.engine == "nccl" else None
+    learner = RayLearner(actors, processes, config.learner.step_timeout_s, sender)
     async with starting(*processes):
         try:
             async with asyncio.timeout(timeout_s):

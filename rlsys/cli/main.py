@@ -109,6 +109,18 @@ def scale(
     run(run_dir, Sizes.model_validate({**sizes, "learner_ranks": learner_ranks, "zero_stage": zero_stage}))
 
 
+@app.command(help="Copy the model of a checkpoint, as an ordinary Hugging Face folder.")
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="The new folder.", show_default=False)],
+    step: Annotated[int | None, typer.Option(metavar="N", help="Of this step; without it: the newest.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Of the step with the best held-out accuracy.")] = False,
+) -> None:
+    from rlsys.cli.export import export as run
+
+    run(run_dir, target, step, best)
+
+
 def _checked_path(config: Path) -> Path:
     if str(config).startswith("-"):
         raise ConfigError(f"CONFIG comes first, before {config}: rlsys COMMAND CONFIG [--dotted.key value ...]")

@@ -333,7 +333,9 @@ class EvalConfig(Strict):
 
 class CheckpointConfig(Strict):
     every: NonNegativeInt = Field(50, description="Steps between checkpoints; 0: only at the end.")
-    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    keep_best: NonNegativeInt = Field(1, description="And so many with the best held-out accuracy; 0: none.")
+    keep_every: NonNegativeInt = Field(0, description="And for ever those of every so many steps; 0: none.")
 
 
 class WandbConfig(Strict):

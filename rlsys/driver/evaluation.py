@@ -51,27 +51,29 @@ class Evaluator:
         result: dict[str, Any] | None = self._ledger.recall(f"eval.{key}")
         return result
 
-    async def once(self, key: str, step: int) -> None:
+    async def once(self, key: str, step: int) -> dict[str, Any] | None:
         """All prompts, unless this has been done at this step before. Raises EngineError past the deadline."""
         done = self.result(key)
         if self._prompts and (done is None or done["step"] != step):
-            await self._run(key, step, self._prompts)
+            return await self._run(key, step, self._prompts)
+        return None
 
-    async def meanwhile(self, step: int, most: int | None) -> None:
+    async def meanwhile(self, step: int, most: int | None) -> dict[str, Any] | None:
         """The first prompts (None: all), while training goes on; one that is too slow is reported and left out."""
         if self._running:
             logger.warning("no evaluation at step %d: the one before is still running", step)
-            return
+            return None
         self._running = True
         try:
-            await self._run("last", step, self._prompts[:most])
+            return await self._run("last", step, self._prompts[:most])
         except EngineError as error:
             logger.warning("%s", error)
             self._ledger.note("evaluation failed", step=step, cause=str(error))
+            return None
         finally:
             self._running = False
 
-    async def _run(self, key: str, step: int, prompts: Sequence[Prompt]) -> None:
+    async def _run(self, key: str, step: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
         await self._weights.reached(step)
         late = EngineError(
             f"the evaluation at step {step} did not end within eval.timeout_s={self._timeout_s:g} s: "
@@ -80,7 +82,9 @@ class Evaluator:
         with self._recorder.span(f"evaluation at {step}", "evaluation"):
             result = await within(self._timeout_s, self._evaluate(prompts), late)
         self._recorder.tracker.log_eval(step, result)
-        self._ledger.remember(f"eval.{key}", {"step": step, **result})
+        rated = {"step": step, **result}
+        self._ledger.remember(f"eval.{key}", rated)
+        return rated
 
     async def _evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         generating = self._generators.submit([Request(prompt, self._sampling, training=False) for prompt in prompts])

@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ class Driver:
         self.config = config
         self.ledger = ledger
         self.tracker = tracker
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep.keep_last, keep.keep_best, keep.keep_every)
         self.recorder = Recorder(tracker)
         self.bell = Bell(options.patience(config), self._state)
         sampling = options.training_sampling(config, with_greedy, with_expert)
@@ -305,7 +306,15 @@ class Driver:
         await self.training.reshape(config)
 
     async def _evaluate_meanwhile(self, step: int) -> None:
-        await self.evaluator.meanwhile(step, self.config.eval.every_prompts)
+        await self._rate(await self.evaluator.meanwhile(step, self.config.eval.every_prompts))
+
+    async def _evaluate_once(self, key: str) -> None:
+        await self._rate(await self.evaluator.once(key, self.step))
+
+    async def _rate(self, result: Mapping[str, float] | None) -> None:
+        """The best checkpoints are kept by the held-out accuracy."""
+        if result is not None and "accuracy" in result:
+            await asyncio.to_thread(self.checkpoints.rate, int(result["step"]), result["accuracy"])
 
     # ---- start and end ----
 
@@ -320,6 +329,7 @@ class Driver:
             checkpoint, self.ledger, self.books.store, self.books.batch, self.books.bound, self.config.run.steps
         )
         self.books.resume(plan.version)
+        await asyncio.to_thread(self.checkpoints.forget_after, plan.version)
         if used:
             self.tracker.resumed(self.step)
         self.training.position = self.ledger.position
@@ -333,7 +343,7 @@ class Driver:
         await self._publish()
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))
         if self.step == 0 and self.config.eval.before:
-            await self._unless_stopped(self._spawn(self.evaluator.once("before", 0)))
+            await self._unless_stopped(self._spawn(self._evaluate_once("before")))
         self.recorder.begin_step()
         counted = set(checkpoint.manifest.buffered) if checkpoint is not None else set()
         for prompt, scored in zip(self.books.again(plan.reuse), plan.reuse, strict=True):
@@ -359,7 +369,7 @@ class Driver:
             await self.training.save()
             await self.training.saving()
         if self.config.eval.after:
-            await self._unless_stopped(self._spawn(self.evaluator.once("after", self.step)))
+            await self._unless_stopped(self._spawn(self._evaluate_once("after")))
         await self.books.written()
 
     def _end(self) -> None:

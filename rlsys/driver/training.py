@@ -169,10 +169,14 @@ class Training:
             await asyncio.to_thread(place.mkdir, exist_ok=True)
             await reference.save(place)
 
-        with self._recorder.span(f"copy {version}", "learner"):
-            writing = await self._ask(copy, "save a checkpoint")
-            if self.moving is not None:
-                await self.moving.call(save, "save a checkpoint")
+        try:
+            with self._recorder.span(f"copy {version}", "learner"):
+                writing = await self._ask(copy, "save a checkpoint")
+                if self.moving is not None:
+                    await self.moving.call(save, "save a checkpoint")
+        except BaseException:
+            self._checkpoints.abandon(version)
+            raise
         self._saving = self._run(self._commit(manifest, writing))
 
     async def saving(self) -> None:
@@ -186,12 +190,17 @@ class Training:
         with self._recorder.span(f"checkpoint {version}", "checkpoints"):
             try:
                 await within(limit, writing, late)
+                await self._books.written()  # what it counts as trained is on disk, too
+                await self._books.ledger.flush()
             except WorkerDied as error:
                 # The one before still stands; what died is noticed, and brought back, by whoever asks it next.
+                self._checkpoints.abandon(version)
                 logger.warning("checkpoint %d is given up: %s", version, error)
                 self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
                 return
-            await self._books.ledger.flush()
+            except BaseException:
+                self._checkpoints.abandon(version)
+                raise
             await asyncio.to_thread(self._checkpoints.commit, manifest)
         self.saved = version
         self._books.ledger.note("checkpoint", version=version)

@@ -87,7 +87,7 @@ class Algorithm(Protocol):
 
 
 class LearnerRank:
-    """Joins the group when it is made, which needs all ranks. Every method is collective.
+    """Joins the group when it is made, which needs all ranks. Every method but `write` is collective.
 
     `model_path` is a folder in Hugging Face format with weights and tokenizer (or a hub name).
     """
@@ -254,12 +254,19 @@ class LearnerRank:
             gather_s=gather_s,
         )
 
-    def save(self, directory: Path) -> None:
-        """Write everything that has state below `directory`; see `rlsys.learner.checkpoint`."""
-        checkpoint.save(self.learner, self._tokenizer, self._algorithm.state_dict(), directory)
+    def snapshot(self) -> checkpoint.Snapshot | None:
+        """Copy everything that has state; None on ranks other than 0. See `checkpoint.snapshot` for what that takes."""
+        return checkpoint.snapshot(self.learner, self._algorithm.state_dict())
+
+    def write(self, snapshot: checkpoint.Snapshot, directory: Path) -> None:
+        """Write a snapshot below `directory`. Rank 0 alone, from another thread while steps are taken.
+
+        Raises DiskFullError.
+        """
+        checkpoint.write(snapshot, self.learner.model, self._tokenizer, directory)
 
     def load(self, directory: Path) -> int:
-        """Load what `save` wrote, from any number of ranks and any ZeRO stage; return the version."""
+        """Load what `write` wrote, from any number of ranks and any ZeRO stage; return the version."""
         self._algorithm.load_state_dict(checkpoint.load(self.learner, directory))
         return self.version
 

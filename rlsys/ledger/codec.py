@@ -1,15 +1,18 @@
-"""Scored groups as Arrow tables, one row per rollout, without loss."""
+"""Scored groups as Arrow tables, one row per rollout, without loss; and files of them that show damage."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from rlsys.errors import DataError
+from rlsys.durable import writing
+from rlsys.errors import DataError, RlsysError
 from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan
 
 _SPAN = pa.struct([("version", pa.int32()), ("start", pa.int32()), ("end", pa.int32())])
@@ -57,6 +60,7 @@ FATE_SCHEMA = (
     .append(pa.field("step", pa.int64()))
     .append(pa.field("reference_logprobs", pa.list_(pa.float32())))  # null without a reference
 )
+_ROWS = b"rows"  # key of their number in the metadata of a file
 
 
 def _plain(value: Any) -> Any:
@@ -192,3 +196,37 @@ def with_fates(
         ),
     ]
     return pa.Table.from_arrays(columns, schema=FATE_SCHEMA)
+
+
+def write_rows(table: pa.Table, path: Path, **options: Any) -> None:
+    """Write a Parquet file, aside and then renamed. `options` are those of `pyarrow.parquet.write_table`.
+
+    Raises DiskFullError, RlsysError; pyarrow has removed what was written of it then.
+    """
+    aside = path.with_suffix(".tmp")
+    counted = table.replace_schema_metadata({_ROWS: str(table.num_rows)})
+    try:
+        with writing(path):
+            pq.write_table(counted, aside, write_page_checksum=True, **options)
+            aside.rename(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RlsysError(f"rollout store: {path} cannot be written: {error}") from error
+
+
+def read_rows(path: Path, schema: pa.Schema) -> pa.Table:
+    """The rows that `write_rows` wrote, of `SCHEMA` or `FATE_SCHEMA`.
+
+    Raises DataError when the file is damaged: there are checksums of its data, and what is beside them has to be as the
+    schema says, and to say the same twice.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+        rows = int((table.schema.metadata or {}).get(_ROWS, -1))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not table.schema.equals(schema):
+        raise DataError(f"{path} is damaged, or of another version of rlsys: its columns are not as expected")
+    if table.num_rows != rows:
+        raise DataError(f"{path} is damaged: it has {table.num_rows} rows, expected {rows}")
+    return table

@@ -12,6 +12,9 @@ The only ways back are `unbuffered` (buffered -> pending) and `roll_back` (a fat
 Both the class and triggers in the file itself refuse anything else.
 
 Calls append to a queue and return in microseconds; a thread writes what has queued up in one transaction.
+
+SQLite has no checksums. What is looked at when a ledger is opened: the structure of the file, every constraint and
+index, that no event is missing, and that the fate of each prompt is the one that its events tell.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+from rlsys.durable import disk_is_full, no_room, writing
 from rlsys.errors import RlsysError, RunDirError
 from rlsys.types import GroupInfo, Prompt
 
@@ -79,6 +83,17 @@ CREATE TRIGGER IF NOT EXISTS nothing_is_lost BEFORE DELETE ON prompts
 BEGIN SELECT RAISE(ABORT, 'prompts are never deleted'); END;
 """
 
+# Rows of what does not fit together.
+_ODD = {
+    "an event is missing": "SELECT count(*) FROM events HAVING count(*) <> coalesce(max(position), 0)",
+    "the fate of a prompt is not the one that its events tell": """
+        SELECT id FROM prompts LEFT JOIN events ON position = settled
+        WHERE state IN ('trained', 'dropped') AND (
+            prompt_id IS NOT id OR event IS NOT state
+            OR json_extract(detail, '$.step') IS NOT step OR json_extract(detail, '$.reason') IS NOT reason
+        )""",
+}
+
 _EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?)"
 _DRAW = "INSERT INTO prompts (id, idx, choice, state, drawn_at) VALUES (?, ?, ?, 'pending', ?)"
 _ASSIGN = "UPDATE prompts SET attempts = attempts + 1, generator = ? WHERE id = ?"
@@ -102,15 +117,16 @@ class Outstanding:
 
 
 class Ledger:
-    """The writing side; one process at a time. Raises RunDirError when another process has it open.
+    """The writing side; one process at a time. Raises RunDirError when another process has it open, or it is damaged.
 
-    A failure to write (a full disk, say) is raised by the next call.
+    A failure to write is raised by the next call: DiskFullError or RlsysError.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.with_suffix(".lock").open("w")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.with_suffix(".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -118,10 +134,16 @@ class Ledger:
             raise RunDirError(
                 f"{path.parent} is in use by another process: end it, or choose another run.dir"
             ) from None
-        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.executescript(_SCHEMA)
+        try:
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            self._lock.close()
+            raise ledger_error(path, error, "opened") from error
         self._queue: list[tuple[str, tuple[Any, ...]]] = []
         self._mutex = threading.Lock()  # of the queue
         self._transaction = threading.Lock()  # of the connection: an event loop may run the writing itself
@@ -129,7 +151,19 @@ class Ledger:
         self._scheduled: Future[None] | None = None
         self._failure: BaseException | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._position = int(self._one("SELECT coalesce(max(position), 0) FROM events"))
+
+    def _prepare(self) -> None:
+        """Check what is in the file, and read what is to be known of it. Raises sqlite3.Error, UnicodeDecodeError."""
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._connection.executescript(_SCHEMA)
+        [(found,)] = self._connection.execute("PRAGMA integrity_check(1)")
+        odd = [] if found == "ok" else [found]
+        odd += [what for what, query in _ODD.items() if self._connection.execute(query).fetchone()]
+        if odd:
+            raise sqlite3.DatabaseError(odd[0])
+        [(position,)] = self._connection.execute("SELECT coalesce(max(position), 0) FROM events")
+        self._position = int(position)
         self._states: dict[str, State] = dict(
             self._connection.execute("SELECT id, state FROM prompts WHERE state IN ('pending', 'buffered')")
         )
@@ -225,10 +259,10 @@ class Ledger:
         return self._position
 
     async def flush(self) -> None:
-        """Return when everything so far is in the file."""
+        """Return when everything so far is in the file itself, and on the disk: it outlives the loss of the WAL."""
         self._check()
         self._hurry.set()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._write)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._write_through)
         self._check()
 
     def recall(self, key: str) -> Any:
@@ -271,11 +305,11 @@ class Ledger:
     def roll_back(self, position: int) -> int:
         """Undo the fates after an event: those prompts are pending again. Returns how many.
 
-        Raises RlsysError when the ledger ends before `position`: it is not the one the checkpoint was made with.
+        Raises RunDirError when the ledger ends before `position`: it is not the one the checkpoint was made with.
         """
         self._sync()
         if position > self._position:
-            raise RlsysError(
+            raise RunDirError(
                 f"ledger {self.path} ends at event {self._position}, but the checkpoint was made at event {position}: "
                 "the ledger of this run was replaced or is damaged; restore it, or start in another run.dir"
             )
@@ -289,10 +323,12 @@ class Ledger:
 
     def close(self) -> None:
         """Write everything and let go of the file."""
-        self._sync()
-        self._thread.shutdown(wait=True)
-        self._connection.close()
-        self._lock.close()
+        try:
+            self._sync()
+        finally:
+            self._thread.shutdown(wait=True)
+            self._connection.close()
+            self._lock.close()
 
     # ---- the queue ----
 
@@ -328,6 +364,14 @@ class Ledger:
         with self._transaction:
             self._write_queue()
 
+    def _write_through(self) -> None:
+        with self._transaction:
+            self._write_queue()
+            try:
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except sqlite3.Error as error:
+                self._failure = self._failure or error
+
     def _write_queue(self) -> None:
         with self._mutex:
             queue, self._queue = self._queue, []
@@ -347,7 +391,7 @@ class Ledger:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise RlsysError(f"ledger {self.path} could not be written: {self._failure}") from self._failure
+            raise ledger_error(self.path, self._failure, "written") from self._failure
 
     def _sync(self) -> None:
         self._hurry.set()
@@ -356,11 +400,26 @@ class Ledger:
 
     def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         self._sync()
-        with self._transaction:
-            return self._connection.execute(query, values).fetchall()
+        try:
+            with self._transaction:
+                return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise ledger_error(self.path, error, "read") from error
 
-    def _one(self, query: str) -> Any:
-        return self._connection.execute(query).fetchone()[0]
+
+def ledger_error(path: Path, error: BaseException, done: str) -> RlsysError:
+    """What an error of SQLite's means for the run; `done` is what could not be: "opened", "read", "written"."""
+    if disk_is_full(error):
+        return no_room(path, error)
+    # Python's own errors, of text that is none, have no code.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+        what = " ".join(str(error).removeprefix("*** in database main ***").split())
+        return RunDirError(
+            f"ledger {path} is damaged ({what}): put a copy of it back, or begin anew in another run.dir; `rlsys "
+            f"export {path.parent} DIR` gives the model of its newest checkpoint"
+        )
+    return RlsysError(f"ledger {path} could not be {done}: {error}")
 
 
 def count_fates(rows: Sequence[tuple[State, str | None, int]]) -> dict[str, Any]:

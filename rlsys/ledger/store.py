@@ -4,7 +4,8 @@
     RUN/rollouts/step-000012.parquet         what was trained at step 12, and dropped since the step before
     RUN/rollouts/after-000100.parquet        what was dropped after the last step of a process
 
-Files are written aside and renamed, so that a reader never sees half of one. Writes happen on a thread of their own.
+Files are written aside and renamed, so that a reader never sees half of one, and with checksums. Writes happen on a
+thread of their own. They raise DiskFullError.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from rlsys.durable import writing
 from rlsys.errors import DataError, RlsysError
-from rlsys.ledger.codec import SCHEMA, decode, encode, reference_of, with_fates
+from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, decode, encode, read_rows, reference_of, with_fates, write_rows
 from rlsys.roles import Handle, SampleRow, Scored, TrainItem
 from rlsys.types import ScoredGroup, group_info
 
@@ -79,7 +80,8 @@ class RolloutStore:
         self._fetch = fetch
         self._put = put
         self._pending_dir = directory / "pending"
-        self._pending_dir.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            self._pending_dir.mkdir(parents=True, exist_ok=True)
         self._numbers = itertools.count(1 + max((int(p.stem) for p in self._pending_files()), default=-1))
         self._pending: dict[str, _Pending] = {}
         self._unwritten: list[tuple[ScoredGroup, asyncio.Future[None]]] = []
@@ -127,10 +129,7 @@ class RolloutStore:
         for path in self._final_files(step):
             if found.keys() >= set(prompt_ids):
                 break
-            try:
-                read = await self._run(_read_groups, path)
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"rollout store: {path} cannot be read: {error}") from error
+            read = await self._run(_read_groups, path, FATE_SCHEMA)
             found |= {i: (table, reference_of(table)) for i, table in read.items() if i in prompt_ids}
         if missing := [i for i in prompt_ids if i not in found]:
             raise DataError(f"rollout store {self.directory}: {missing[0]} of step {step} is not there any more")
@@ -149,20 +148,20 @@ class RolloutStore:
             kept = {prompt_id: p for prompt_id, p in self._pending.items() if p.file is file}
             if kept:
                 new = _File(self._next_path(), len(kept))
-                await self._run(_write, pa.concat_tables([p.table for p in kept.values()]), new.path)
+                await self._run(_write_buffered, pa.concat_tables([p.table for p in kept.values()]), new.path)
                 for pending in kept.values():
                     pending.file = new
             await self._run(_unlink, [file.path])
 
     async def load_buffered(self) -> Mapping[str, Scored]:
-        """Groups that an earlier process left buffered, by prompt id. A file that cannot be read is passed over."""
+        """Groups that an earlier process left buffered, by prompt id. A file that is damaged is passed over."""
         found: dict[str, Scored] = {}
         for path in self._pending_files():
             try:
-                tables = await self._run(_read_groups, path)
+                tables = await self._run(_read_groups, path, SCHEMA)
                 groups = {prompt_id: await self._run(decode, table) for prompt_id, table in tables.items()}
-            except (OSError, pa.ArrowException, RlsysError) as error:
-                logger.warning("passing over the buffered groups in %s, which cannot be read: %s", path, error)
+            except DataError as error:
+                logger.warning("passing over buffered groups, their prompts are sampled again: %s", error)
                 continue
             file = _File(path, len(tables))
             for prompt_id, scored in groups.items():
@@ -185,10 +184,12 @@ class RolloutStore:
 
     async def close(self) -> None:
         """Write the groups that were dropped after the last step, and end the thread."""
-        if self._writing is not None:
-            await self._writing
-        await self._close_file(self.directory / f"after-{self._step:06d}.parquet")
-        self._thread.shutdown(wait=True)
+        try:
+            if self._writing is not None:
+                await self._writing
+            await self._close_file(self.directory / f"after-{self._step:06d}.parquet")
+        finally:
+            self._thread.shutdown(wait=True)
 
     async def _write_pending(self) -> None:
         """Write whatever has been finished, until there is no more."""
@@ -200,7 +201,7 @@ class RolloutStore:
             except Exception as error:  # whatever it is, it belongs to those who wait for the file
                 for _, written in groups:
                     if not written.done():
-                        written.set_exception(_store_error(file.path, error))
+                        written.set_exception(error)
                 continue
             for (scored, written), table in zip(groups, tables, strict=True):
                 self._pending[scored.prompt.id] = _Pending(table, file)
@@ -237,12 +238,6 @@ class RolloutStore:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def _store_error(path: Path, error: Exception) -> Exception:
-    if isinstance(error, OSError | pa.ArrowException):
-        return RlsysError(f"rollout store: {path} cannot be written: {error}")
-    return error
-
-
 def _is_after(path: Path, version: int) -> bool:
     kind, _, number = path.stem.partition("-")
     if not number.isdecimal():
@@ -250,23 +245,21 @@ def _is_after(path: Path, version: int) -> bool:
     return (kind == "step" and int(number) > version) or (kind == "after" and int(number) >= version)
 
 
-def _write(table: pa.Table, path: Path, **options: Any) -> None:
-    aside = path.with_suffix(".tmp")
-    pq.write_table(table, aside, **(options or _FAST))
-    aside.rename(path)
+def _write_buffered(table: pa.Table, path: Path) -> None:
+    write_rows(table, path, **_FAST)
 
 
 def _encode_and_write(groups: Sequence[ScoredGroup], path: Path) -> list[pa.Table]:
     """One file of all groups; returns the rows of each."""
     table = encode(groups)
-    _write(table, path)
+    _write_buffered(table, path)
     starts = itertools.accumulate((len(group.rollouts) for group in groups), initial=0)
     return [table.slice(start, len(group.rollouts)) for start, group in zip(starts, groups, strict=False)]
 
 
-def _read_groups(path: Path) -> dict[str, pa.Table]:
+def _read_groups(path: Path, schema: pa.Schema) -> dict[str, pa.Table]:
     """The rows of each prompt in a file."""
-    table = pq.read_table(path)
+    table = read_rows(path, schema)
     ids = table.column("prompt_id").to_pylist()
     tables, start = {}, 0
     for prompt_id, rows in itertools.groupby(ids):
@@ -278,7 +271,7 @@ def _read_groups(path: Path) -> dict[str, pa.Table]:
 
 def _write_final(done: Sequence[_Pending], path: Path, empty: Sequence[Path]) -> pa.Table:
     table = with_fates([p.table for p in done], [(p.fate or "", p.step) for p in done], [p.reference for p in done])
-    _write(table, path, compression="zstd", use_dictionary=_DICTIONARY)
+    write_rows(table, path, compression="zstd", use_dictionary=_DICTIONARY)
     _unlink(empty)
     return table
 

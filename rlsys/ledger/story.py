@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from rlsys.errors import DataError, RunDirError
-from rlsys.ledger.ledger import count_fates
+from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, read_rows
+from rlsys.ledger.ledger import count_fates, ledger_error
 
 LEDGER_FILE = "ledger.sqlite"
 ROLLOUTS_DIR = "rollouts"
@@ -67,9 +68,12 @@ def _open(run_dir: Path) -> Iterator[sqlite3.Connection]:
     path = run_dir / LEDGER_FILE
     if not path.is_file():
         raise RunDirError(f"{run_dir} is no run directory: it has no {LEDGER_FILE}")
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-        connection.row_factory = sqlite3.Row
-        yield connection
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            yield connection
+    except sqlite3.Error as error:
+        raise ledger_error(path, error, "read") from error
 
 
 def _events(rows: sqlite3.Cursor) -> list[Event]:
@@ -128,7 +132,8 @@ def _rollouts(directory: Path, prompt: dict[str, Any]) -> list[dict[str, Any]]:
         files = [*sorted((directory / "pending").glob("*.parquet"), reverse=True), *sorted(directory.glob("*.parquet"))]
     for path in files:
         if path.is_file():
-            table = pq.read_table(path, columns=list(_SHOWN), filters=[("prompt_id", "=", prompt["id"])])
+            table = read_rows(path, FATE_SCHEMA if path.parent == directory else SCHEMA)
+            table = table.filter(pc.equal(table.column("prompt_id"), prompt["id"]))
             if table.num_rows:
-                return list(table.to_pylist())
+                return list(table.select(list(_SHOWN)).to_pylist())
     return []

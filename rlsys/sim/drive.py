@@ -202,8 +202,10 @@ class Simulation:
         try:
             return await self.driver.run()
         finally:
-            await self.store.close()
-            self.ledger.close()
+            try:
+                await self.store.close()
+            finally:
+                self.ledger.close()
 
 
 def simulate(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rlsys.durable import writing
 from rlsys.errors import DataError, EngineError, WorkerDied
 from rlsys.metrics import Mean
 from rlsys.roles import (
@@ -53,6 +54,7 @@ class Timing:
     publish_s: float = 0.1
     update_s: float = 0.2
     spawn_s: float = 2.0
+    save_s: float = 0.0
 
 
 INSTANT = Timing((16, 16), None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -290,6 +292,7 @@ class SimLearner(Mortal):
         self.version = 0
         self.state = "initial"
         self.batches: list[TrainedBatch] = []
+        self._saving: asyncio.Future[None] | None = None
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         return await self.living(self._step(items))
@@ -328,13 +331,17 @@ class SimLearner(Mortal):
         return PublishedWeights(self.version, {}, self.state, Probe((1, 2), (-0.5,)), gather_s=0.01)
 
     async def save(self, directory: Path) -> Awaitable[None]:
+        if self._saving is not None:
+            await self.living(asyncio.wait([self._saving]))
         await self.living(asyncio.sleep(0))
-        content = json.dumps({"version": self.version, "state": self.state})
-        return asyncio.ensure_future(self.living(self._write(directory, content)))
+        text = json.dumps({"version": self.version, "state": self.state})
+        self._saving = asyncio.ensure_future(self.living(self._write(directory / "learner.json", text)))
+        return self._saving
 
-    async def _write(self, directory: Path, text: str) -> None:
-        await pause(self._rng, self._timing.publish_s)
-        (directory / "learner.json").write_text(text)
+    async def _write(self, path: Path, text: str) -> None:
+        await pause(self._rng, self._timing.save_s)
+        with writing(path):
+            path.write_text(text)  # noqa: ASYNC240 - a few bytes
 
     async def load(self, directory: Path) -> int:
         self.check()

@@ -57,7 +57,7 @@ def test_the_first_ends_with_a_checkpoint(tmp_path: Path) -> None:
     said = io.StringIO()
     summary = asyncio.run(run(tmp_path, ConsoleTracker, said))
     assert summary["steps"] in (3, 4)  # the step that was under way is finished
-    newest = Checkpoints(tmp_path / "checkpoints", keep=2).newest()
+    newest = Checkpoints(tmp_path / "checkpoints").newest()
     assert newest is not None
     assert newest.manifest.version == summary["steps"]
     assert "Ctrl-C again ends at once" in said.getvalue()
@@ -68,7 +68,7 @@ def test_the_second_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(run(tmp_path, Impatient, io.StringIO()))
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")][:3] == [1, 2, 3]
-    assert Checkpoints(tmp_path / "checkpoints", keep=2).newest() is None
+    assert Checkpoints(tmp_path / "checkpoints").newest() is None
 
 
 def test_before_the_driver_is_there_one_is_enough(tmp_path: Path) -> None:

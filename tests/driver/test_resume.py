@@ -183,18 +183,18 @@ def test_buffered_groups_are_reused_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_an_invalid_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    simulate(sim_config(steps=4, checkpoint={"every": 2, "keep": 5}), tmp_path)
+    simulate(sim_config(steps=4, checkpoint={"every": 2, "keep_last": 5}), tmp_path)
     saved = tmp_path / "checkpoints" / "step-000004" / "learner" / "learner.json"
     saved.write_text(saved.read_text().replace("4", "5"))
-    second, summary = simulate(sim_config(steps=6, checkpoint={"every": 2, "keep": 5}), tmp_path)
+    second, summary = simulate(sim_config(steps=6, checkpoint={"every": 2, "keep_last": 5}), tmp_path)
     assert "the content of learner/learner.json has changed" in caplog.text
     assert second.tracker.resumes == [2]
     assert summary["fates"]["trained"] == 24
 
 
 def test_checkpoints_are_pruned_and_another_config_is_refused(tmp_path: Path) -> None:
-    simulate(sim_config(steps=6, checkpoint={"every": 1, "keep": 2}), tmp_path)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000005", "step-000006"]
+    simulate(sim_config(steps=6, checkpoint={"every": 1, "keep_last": 2}), tmp_path)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-000005", "step-000006"]
     with pytest.raises(RunDirError, match="another config"):
         simulate(sim_config(steps=6, samples=3), tmp_path)
     with pytest.raises(RunDirError, match=r"run\.resume is never"):

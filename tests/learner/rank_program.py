@@ -81,7 +81,24 @@ def poison() -> None:
 
 
 def save(directory: Path, tokenizer: Path, memory: dict[str, Any]) -> None:
-    checkpoint.save(held["learner"], load_tokenizer(tokenizer), memory, directory)
+    snapshot(memory)
+    write(directory, tokenizer)
+
+
+def snapshot(memory: dict[str, Any]) -> None:
+    held["snapshot"] = checkpoint.snapshot(held["learner"], memory)
+    for part in memory.values():  # as a part does that learns on
+        part.clear()
+
+
+def write(directory: Path, tokenizer: Path) -> None:
+    if (copied := held.pop("snapshot")) is not None:
+        checkpoint.write(copied, held["learner"].model, load_tokenizer(tokenizer), directory)
+
+
+def draw() -> float:
+    """The next number of the rank's own generator."""
+    return float(torch.rand(()))
 
 
 def load(directory: Path) -> Any:

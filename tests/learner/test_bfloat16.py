@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from rlsys.errors import ConfigError, NonFiniteError
 
@@ -49,6 +50,8 @@ def test_small_updates_are_not_lost(
     for one, other in zip(world.run("state"), held, strict=True):
         assert not [key for key in one if not np.array_equal(one[key], other[key])]
     published = world.run("weights")[0]
+    with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as file:
+        assert all(np.array_equal(file.get_tensor(key).float().numpy(), published[key]) for key in published)
     rounded = held[0][name]
     assert np.abs(published[name.removeprefix("param/")] - rounded).max() <= 2**-8 * np.abs(rounded).max()
 

@@ -1,7 +1,9 @@
-"""A checkpoint resumes bit for bit, and loads on another number of ranks and with another ZeRO stage."""
+"""A checkpoint resumes bit for bit, though it is written while later steps are trained, and loads on another number of
+ranks and with another ZeRO stage."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlsys.errors import LearnerError
+from rlsys.errors import DiskFullError, LearnerError
 
 pytestmark = pytest.mark.slow
 OPTIMIZER = {"learning_rate": 0.01, "weight_decay": 0.1, "warmup_steps": 3}
@@ -34,13 +36,16 @@ def test_resumes_bit_for_bit(
     config = make_config(zero_stage=stage, micro_batch_tokens=60, optimizer=OPTIMIZER)
     trained(world, config, tiny_model, make_batch, range(2))
     memory = {"advantage": {"baseline": 0.1 + 0.2}}
-    world.run("save", directory=tmp_path, tokenizer=tiny_model, memory=memory)
+    world.run("snapshot", memory=memory)
+    drawn = world.run("draw")
     train(world, make_batch, range(2, 4))
+    world.run("write", directory=tmp_path, tokenizer=tiny_model)
     uninterrupted = world.run("state")
 
     world.run("build", config=config, model_path=tiny_model)
     assert world.run("load", directory=tmp_path) == [memory] * ranks
     assert world.run("attribute", name="version") == [2] * ranks
+    assert world.run("draw")[0] == drawn[0]
     train(world, make_batch, range(2, 4))
     for got, wanted in zip(world.run("state"), uninterrupted, strict=True):
         assert not [name for name in wanted if not np.array_equal(got[name], wanted[name])]
@@ -102,3 +107,26 @@ def test_a_damaged_checkpoint_is_named(
     (tmp_path / "policy-00000.safetensors").write_bytes(b"cut short")
     with pytest.raises(LearnerError, match=tmp_path.name):
         world.run("load", directory=tmp_path)
+
+
+def test_a_full_disk_is_told(
+    worlds: dict[int, Any], make_config: Any, tiny_model: Path, small_disk: Any, tmp_path: Path
+) -> None:
+    """In every file: as much room as those before it need, and no more."""
+    world = worlds[1]
+    world.run("build", config=make_config(), model_path=tiny_model)
+    world.run("save", directory=tmp_path, tokenizer=tiny_model, memory={})
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) > 1000 * 1024
+    disk = small_disk(kib=1)
+    named = set()
+    for kib in (4, 100, 260, 300, 600, 900):
+        disk.grow(kib)
+        world.run("snapshot", memory={})
+        with pytest.raises(DiskFullError, match="cannot be written: the disk is full") as caught:
+            world.run("write", directory=disk.path / "learner", tokenizer=tiny_model)
+        named.add(str(caught.value).split()[0].removeprefix(f"{disk.path}/learner/"))
+        shutil.rmtree(disk.path / "learner")
+    assert named == {"hf", "policy-00000.safetensors"}
+    disk.grow(kib=4000)
+    world.run("save", directory=disk.path / "learner", tokenizer=tiny_model, memory={})
+    world.run("load", directory=disk.path / "learner")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import ray
 
 from rlsys.actors.learner import start_learner
 from rlsys.config.models import Config
-from rlsys.errors import DataError, NonFiniteError, WeightUpdateError, WorkerDied
+from rlsys.errors import DataError, LearnerError, NonFiniteError, WeightUpdateError, WorkerDied
 from rlsys.roles import TrainItem
 from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
 
@@ -77,6 +78,30 @@ def group(index: int, seed: int, behavior: float = -4.6) -> ScoredGroup:
     return ScoredGroup(RolloutGroup(prompt, tuple(rollouts), "generator-0"), tuple(rewards))
 
 
+class _Held:
+    """`learner.json` below `directory` as a pipe: whoever writes it waits until it is read."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._path = directory / "learner.json"
+
+    def __enter__(self) -> _Held:
+        os.mkfifo(self._path)
+        self._pipe = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, 4096)  # less than is written
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._pipe)
+
+    async def let_go(self) -> None:
+        self._path.unlink()
+        os.set_blocking(self._pipe, True)
+        with os.fdopen(os.dup(self._pipe), "rb") as pipe:
+            content = await asyncio.to_thread(pipe.read)
+        assert len(content) > 4096
+
+
 def items(*groups: ScoredGroup) -> list[TrainItem]:
     def item(scored: ScoredGroup) -> TrainItem:
         reference = tuple(np.full(len(r.token_ids), -4.7, dtype=np.float32) for r in scored.rollouts)
@@ -113,14 +138,26 @@ async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_mode
         assert any(not np.array_equal(tensors[name], old[name]) for name in tensors)
         assert weights.probe.logprobs != first.probe.logprobs
 
-        await learner.save(tmp_path / "checkpoint")
+        written = await learner.save(tmp_path / "checkpoint")
+        await written
         saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "hf").named_parameters())
         assert saved.keys() == tensors.keys()
         for name in saved:
             np.testing.assert_array_equal(saved[name].detach(), tensors[name])
 
-        await learner.step(items(group(9, seed=9)))
-        assert (await learner.publish()).probe != weights.probe
+        with _Held(tmp_path / "held") as held:  # a second checkpoint, which cannot be completed for now
+            written = await learner.save(tmp_path / "held")
+            async with asyncio.timeout(60):
+                await learner.step(items(group(9, seed=9)))
+                assert (await learner.publish()).probe != weights.probe
+            assert not written.done()  # type: ignore[attr-defined]
+            learner._timeout_s = 0.1
+            with pytest.raises(LearnerError, match="the checkpoint before is still being written"):
+                await learner.save(tmp_path / "third")
+            await held.let_go()
+        await written
+        for file in ("policy-00000.safetensors", "critic-00000.safetensors", "hf/model.safetensors"):
+            assert (tmp_path / "held" / file).read_bytes() == (tmp_path / "checkpoint" / file).read_bytes()
         assert await learner.load(tmp_path / "checkpoint") == 1
         assert (await learner.publish()).probe == weights.probe
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
+import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.errors import DataError, RlsysError, RunDirError
+from rlsys.errors import DataError, DiskFullError, RlsysError, RunDirError
 from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.story import read_run, read_story
 from rlsys.types import GroupInfo, Prompt
@@ -141,7 +147,7 @@ def test_rolling_back_undoes_later_fates_only(tmp_path: Path) -> None:
     ledger.drawn(prompt(2))
     ledger.buffered(info(2))
     ledger.trained(["p2"], 2)
-    with pytest.raises(RlsysError, match="replaced or is damaged"):
+    with pytest.raises(RunDirError, match="replaced or is damaged"):
         ledger.roll_back(10**6)
     ledger.close()
     assert [e.event for e in read_story(tmp_path, "p2").events][-4:] == [
@@ -191,3 +197,141 @@ def test_a_failure_to_write_is_raised(tmp_path: Path) -> None:
         asyncio.run(ledger.flush())
     with pytest.raises(RlsysError, match="could not be written"):
         ledger.note("more")
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A ledger of 60 prompts, closed."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for index in range(60):
+        bring(ledger, index, ["trained", "dropped", "buffered", "pending"][index % 4], step=1 + index // 8)
+    ledger.close()
+    return tmp_path / "ledger.sqlite"
+
+
+def overwrite(path: Path, place: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "last page gone": lambda path: os.truncate(path, path.stat().st_size - 4096),
+    "garbage in the middle": lambda path: overwrite(path, path.stat().st_size // 2, b"\xff" * 64),
+    "garbage header": lambda path: overwrite(path, 0, b"not SQLite at all"),
+    "text": lambda path: path.write_text("something else") and None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_ledger_is_refused_with_one_message(whole: Path, damage: str) -> None:
+    DAMAGE[damage](whole)
+    for _ in range(2):  # and lets go of the file
+        with pytest.raises(RunDirError, match=r"ledger .*ledger\.sqlite is damaged .*another run\.dir; `rlsys export"):
+            Ledger(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("UPDATE prompts SET step = 9 WHERE id = 'p0'", "fate of a prompt"),
+        ("UPDATE prompts SET settled = settled + 1 WHERE id = 'p1'", "fate of a prompt"),
+        ("UPDATE prompts SET reason = 'another' WHERE id = 'p1'", "fate of a prompt"),
+        ("UPDATE events SET event = 'dropped' WHERE event = 'trained'", "fate of a prompt"),
+        ("DELETE FROM events WHERE position = 3", "an event is missing"),
+    ],
+)
+def test_what_does_not_fit_together_is_noticed(whole: Path, change: str, what: str) -> None:
+    """As a flipped byte within a record would do it, which SQLite knows nothing of."""
+    with sqlite3.connect(whole) as db:
+        db.execute("DROP TRIGGER one_fate")
+        db.execute(change)
+    db.close()
+    with pytest.raises(RunDirError, match=f"is damaged .*{what}"):
+        Ledger(whole)
+
+
+def test_flipped_bits_change_no_fate_unnoticed(whole: Path) -> None:
+    def fates(path: Path) -> list[Any]:
+        with closing(sqlite3.connect(path)) as db:
+            return db.execute("SELECT id, idx, state, reason, step, settled FROM prompts ORDER BY idx").fetchall()
+
+    content, wanted = whole.read_bytes(), fates(whole)
+    rng = random.Random(0)
+    noticed = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        whole.write_bytes(damaged)
+        for beside in ("ledger.sqlite-wal", "ledger.sqlite-shm"):
+            whole.with_name(beside).unlink(missing_ok=True)
+        try:
+            Ledger(whole).close()
+        except RunDirError:
+            noticed += 1
+        else:
+            assert fates(whole) == wanted
+    assert noticed > 30
+
+
+def test_a_damaged_ledger_is_named_by_readers(whole: Path) -> None:
+    overwrite(whole, 0, b"not SQLite at all")
+    with pytest.raises(RunDirError, match="is damaged"):
+        read_run(whole.parent)
+
+
+def test_what_was_flushed_outlives_the_loss_of_the_wal(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    bring(ledger, 0, "trained")
+    asyncio.run(ledger.flush())
+    position = ledger.position
+    bring(ledger, 1, "buffered")
+    ledger.note("the end")
+    ledger.fates()  # has all of it in the WAL
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "ledger.sqlite", tmp_path / "copy")
+    ledger.close()
+    copy = Ledger(tmp_path / "copy" / "ledger.sqlite")
+    assert copy.position >= position
+    assert copy.roll_back(position) == 0
+    assert copy.fates()["trained"] == 1
+    copy.close()
+
+
+def test_a_full_disk_is_told_and_nothing_written_is_lost(small_disk: Callable) -> None:
+    disk = small_disk(kib=400)
+    path = disk.path / "ledger.sqlite"
+    ledger = Ledger(path)
+    bring(ledger, 0, "trained")
+    asyncio.run(ledger.flush())
+    disk.fill()
+    message = r"ledger\.sqlite cannot be written: the disk is full.*the same command goes on"
+    for index in range(1, 200):  # more than fits into what the files have of their last blocks
+        bring(ledger, index, "trained")
+    with pytest.raises(DiskFullError, match=message):
+        asyncio.run(ledger.flush())
+    with pytest.raises(DiskFullError, match=message):
+        ledger.note("more")
+    with pytest.raises(DiskFullError, match=message):
+        ledger.close()
+    disk.grow(kib=2000)
+    ledger = Ledger(path)
+    assert ledger.fates() == {"trained": 1, "dropped": {}, "pending": 0}
+    bring(ledger, 1, "trained")
+    asyncio.run(ledger.flush())
+    ledger.close()
+
+
+@pytest.mark.parametrize("free_kib", [0, 4, 8, 16, 32, 48])
+def test_a_ledger_cannot_be_begun_on_a_full_disk(small_disk: Callable, free_kib: int) -> None:
+    """SQLite says it in several ways, by which of its files found no room."""
+    disk = small_disk(kib=200)
+    disk.fill(free_kib)
+    with pytest.raises(DiskFullError, match=r"ledger\.sqlite cannot be written"):
+        Ledger(disk.path / "ledger.sqlite")
+    disk.grow(kib=2000)
+    Ledger(disk.path / "ledger.sqlite").close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.errors import DataError, RlsysError
-from rlsys.ledger.codec import decode, encode
+from rlsys.errors import DataError, DiskFullError, RlsysError
+from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, decode, encode, read_rows, write_rows
+from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
-from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan
+from rlsys.ledger.story import read_story
+from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan, group_info
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 reals = st.floats(allow_nan=False, width=32)
@@ -184,6 +189,98 @@ async def test_groups_finished_together_share_a_file(tmp_path: Path) -> None:
     assert list(await last.load_buffered()) == ["p3"]
     await last.settled(["p3"], "trained", 2)
     assert names(tmp_path / "pending") == []
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "end cut off": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "no Parquet": lambda path: path.write_bytes(b"half a fi") and None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_a_damaged_file_of_buffered_groups_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    before = RolloutStore(tmp_path)
+    for index in range(3):
+        await before.buffered(simple(index))
+    DAMAGE[damage](tmp_path / "pending" / "000000001.parquet")
+    (tmp_path / "pending" / "000000003.tmp").write_bytes(b"half a file, written aside")
+    found = await RolloutStore(tmp_path).load_buffered()
+    assert list(found) == ["p0", "p2"]
+    [message] = caplog.messages
+    assert "000000001.parquet is damaged" in message
+    assert "sampled again" in message
+
+
+def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
+    """Of 600 flips, all over the file and in its footer: what is read is what was written, or nothing is."""
+    table = encode([simple(index) for index in range(3)])
+    path, damaged = tmp_path / "whole.parquet", tmp_path / "damaged.parquet"
+    write_rows(table, path, compression="NONE", use_dictionary=False)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    rng = random.Random(0)
+    refused = 0
+    for place in [*rng.sample(range(len(whole)), 300), *rng.sample(range(footer, len(whole)), 300)]:
+        content = bytearray(whole)
+        content[place] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(content)
+        try:
+            assert read_rows(damaged, SCHEMA).equals(table), f"byte {place}"
+        except DataError:
+            refused += 1
+    assert refused > 300
+
+
+def test_a_file_of_fewer_rows_or_other_columns_is_refused(tmp_path: Path) -> None:
+    table = encode([simple(0)])
+    path = tmp_path / "rows.parquet"
+    write_rows(table, path)
+    fewer = pq.read_table(path).slice(0, 1)  # with the number of rows that there were
+    pq.write_table(fewer, path)
+    with pytest.raises(DataError, match="has 1 rows, expected 2"):
+        read_rows(path, SCHEMA)
+    write_rows(table.drop_columns(["seed"]), path)
+    with pytest.raises(DataError, match="of another version of rlsys"):
+        read_rows(path, SCHEMA)
+
+
+async def test_a_damaged_final_file_is_named(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    store = RolloutStore(tmp_path / "rollouts")
+    ledger.drawn(simple(0).prompt)
+    ledger.buffered(group_info(simple(0).group, simple(0).rewards))
+    ledger.trained(["p0"], 1)
+    ledger.close()
+    await store.buffered(simple(0))
+    await store.settled(["p0"], "trained", 1)
+    path = tmp_path / "rollouts" / "step-000001.parquet"
+    assert [row["text"] for row in read_story(tmp_path, "p0").rollouts] == ["0/0", "0/1"]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"step-000001\.parquet is damaged"):
+        read_story(tmp_path, "p0")
+
+
+async def test_a_full_disk_is_told_and_nothing_good_is_lost(tmp_path: Path, small_disk: Callable) -> None:
+    disk = small_disk(kib=200)
+    store = RolloutStore(disk.path / "rollouts")
+    for index in range(3):
+        await store.buffered(simple(index))
+    disk.fill(free_kib=4)
+    with pytest.raises(DiskFullError, match=r"000000003\.parquet cannot be written: the disk is full.*same command"):
+        await store.buffered(simple(3))
+    with pytest.raises(DiskFullError, match=r"step-000001\.parquet"):
+        await store.settled(["p0", "p1"], "trained", 1)
+    assert list(disk.path.rglob("*.tmp")) == [], "nothing half-written holds the space"
+    disk.grow(kib=1000)
+    after = RolloutStore(disk.path / "rollouts")
+    found = await after.load_buffered()
+    assert list(found) == ["p0", "p1", "p2"]
+    await after.settled(["p0", "p1"], "trained", 1)
+    assert read_rows(disk.path / "rollouts" / "step-000001.parquet", FATE_SCHEMA).num_rows == 4
 
 
 async def test_a_failure_to_write_reaches_the_caller(tmp_path: Path) -> None:
