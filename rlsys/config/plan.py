@@ -24,6 +24,7 @@ _DRIVER_GIB = 0.4  # with W&B's service
 _RAY_GIB = 0.4  # Ray's own processes, the object store aside
 _OPTIMIZER_BYTES = 8  # AdamW: two float32 moments of each parameter
 _MASTER_BYTES = 4  # the float32 copy of a bfloat16 parameter
+_SNAPSHOT_BYTES = 12  # weights and moments in float32, copied to rank 0's host memory while a checkpoint is written
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 _ACTIVATION_FACTOR = 20  # floats kept per token, layer and hidden unit for the backward pass
 
@@ -209,6 +210,7 @@ def _roles(config: Config, facts: Facts, row_tokens: int, cores: int) -> tuple[R
         training += 4 * tokens * facts.model.layers * facts.model.hidden_size * kept / GIB
         training += 3 * 4 * min(tokens, learner.logprob_chunk) * facts.model.vocabulary / GIB
 
+    snapshot = models * _SNAPSHOT_BYTES * parameters / learner.ranks / GIB  # shared out, so that the sum is right
     # On the GPU profile weights and their company are in device memory, which is not added up here.
     host = 0.0 if gpu else 1.0
     roles = [
@@ -225,7 +227,7 @@ def _roles(config: Config, facts: Facts, row_tokens: int, cores: int) -> tuple[R
             learner.ranks,
             learner.threads or max(1, cores // learner.ranks),
             int(gpu),
-            _LEARNER_GIB + host * training,
+            _LEARNER_GIB + host * training + snapshot,
         ),
         RolePlan("reward worker", config.rewards.workers, 1, 0, _REWARDER_GIB),
     ]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlsys.config.models import Config
+from rlsys.durable import writing
 from rlsys.errors import DataError
 from rlsys.models.loading import load_causal_lm, torch_dtype
 from rlsys.models.logprobs import PolicyModel
@@ -66,10 +67,11 @@ class ReferenceServer:
         self.version = version
 
     def save(self, directory: Path) -> None:
-        """Write the weights below `directory`, exactly."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write the weights below `directory`, exactly. Raises DiskFullError."""
         held = {name: tensor.cpu().contiguous() for name, tensor in self._average.items()}
-        save_file(held, directory / WEIGHTS, {"version": str(self.version)})
+        with writing(directory / WEIGHTS):
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file(held, directory / WEIGHTS, {"version": str(self.version)})
 
     def load(self, directory: Path) -> int:
         """Load what `save` wrote; return the version. Raises DataError when it is not there or does not fit."""

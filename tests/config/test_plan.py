@@ -88,6 +88,9 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
     whole = learner("--learner.zero_stage=0")
     saved = [(whole - learner(f"--learner.zero_stage={stage}")) * 1024**3 / 1e9 for stage in (1, 2, 3)]
     assert saved == pytest.approx([4, 6, 8])
+    alone = learner("--learner.zero_stage=0", "--learner.ranks=1")
+    # and 12 bytes for the copy of weights and moments that a checkpoint is written from, once for all ranks
+    assert (alone - whole) * 1024**3 / 1e9 == pytest.approx(12 - 12 / 2)
 
 
 @pytest.mark.parametrize(
