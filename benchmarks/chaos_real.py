@@ -1,4 +1,4 @@
-"""`python -m benchmarks.chaos_real`: the quickstart, while one of its processes is killed or stopped every 20 s or so.
+"""`python -m benchmarks.chaos_real`: the quickstart, while one of its processes after the other is killed or stopped.
 
 A supervised run is started as a user would. Then, again and again: wait until every role is well, wait for the next
 moment on the list (generating, scoring, publishing, ...), and send SIGKILL or SIGSTOP to the next process on the list
@@ -177,14 +177,13 @@ class Run:
         return None
 
 
-def disturb(run: Run, seed: int, every_s: float, console: Console) -> list[Fault]:
+def disturb(run: Run, seed: int, calm_s: float, console: Console) -> list[Fault]:
     """Faults until the run is over."""
     faults: list[Fault] = []
     for role, number, moment in plan(seed):
         if moment != "starting" and run.until(is_well, LIMIT_S) is None:
             break
-        pause = faults[-1].at_s + every_s - run.now if faults else every_s
-        run.until(lambda status: False, pause)
+        run.until(lambda status: False, calm_s)
         at_moment = MOMENTS[moment]
         if moment == "starting":  # another one, shortly before, has something start
             _strike(run, ROLES[1 if role.name != "learner" else 3], signal.SIGKILL)
@@ -278,7 +277,7 @@ def report(console: Console, faults: list[Fault]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos_real", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=float, default=20.0, metavar="S", help="seconds between two faults, at least")
+    parser.add_argument("--calm", type=float, default=8.0, metavar="S", help="seconds from all well to the next fault")
     parser.add_argument("--undisturbed", type=int, metavar="SEEDS", help="only run so many seeds in peace, to compare")
     parser.add_argument("--keep", action="store_true", help="keep the run directory")
     options = parser.parse_args()
@@ -300,7 +299,7 @@ def main() -> int:
     shutil.rmtree(run_dir, ignore_errors=True)
     run = Run(run_dir, options.seed)
     try:
-        faults = disturb(run, options.seed, options.every, console)
+        faults = disturb(run, options.seed, options.calm, console)
         try:
             run.process.wait(max(1.0, LIMIT_S - run.now))
         except subprocess.TimeoutExpired:

@@ -74,8 +74,10 @@ async def run(
                 async with controlled(driver, run_dir):
                     return await driver.run()
             finally:
-                ledger.close()
-                await roles.store.close()
+                try:
+                    ledger.close()
+                finally:
+                    await roles.store.close()
 
 
 class Interrupts:
