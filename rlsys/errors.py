@@ -7,7 +7,15 @@ from __future__ import annotations
 
 
 class RlsysError(Exception):
-    """Base of everything that rlsys raises on purpose."""
+    """Base of everything that rlsys raises on purpose.
+
+    `kind` says in a word what was refused at a boundary, such as "log-probs" or "checksum", for those who count
+    refusals; it is empty where something failed and nothing was refused.
+    """
+
+    def __init__(self, *args: object, kind: str = "") -> None:
+        super().__init__(*args)
+        self.kind = kind
 
 
 class UserError(RlsysError):
@@ -27,7 +35,15 @@ class RewardSetupError(UserError):
 
 
 class RewardError(UserError):
-    """A reward function raised, hung or returned a non-number, and `rewards.on_failure` is "stop"."""
+    """A reward function raised, hung or returned what it may not, and `rewards.on_failure` is "stop"."""
+
+
+class RolloutError(UserError):
+    """A group of rollouts was refused, and `rollout.on_refused` is "stop"."""
+
+
+class ModelMismatchError(UserError):
+    """A generator has the learner's weights, and not its log-probs: the two compute the model differently."""
 
 
 class RunDirError(UserError):
@@ -40,6 +56,14 @@ class DiskFullError(UserError):
 
 class EngineError(RlsysError):
     """A generation engine failed."""
+
+
+class BadRollout(EngineError):
+    """A group was refused that nobody can have sampled as it was asked for. `generator` made it."""
+
+    def __init__(self, message: str, *, kind: str = "", generator: str = "") -> None:
+        super().__init__(message, kind=kind)
+        self.generator = generator
 
 
 class WeightUpdateError(EngineError):

@@ -76,7 +76,7 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         return await keep(start_generator(name, config, model_path))
 
     async def spawn_rewarder(name: str) -> Any:
-        return await keep(start_rewarder(name, config.rewards, strategy))
+        return await keep(start_rewarder(name, config.rewards, strategy, config.rollout.on_refused))
 
     async def spawn_learner(shape: Config) -> Any:
         return await keep(start_learner(shape, model_path))

@@ -7,13 +7,14 @@ import functools
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
 
 from rlsys.actors.answers import answer
 from rlsys.actors.processes import Process, Shell, close, first_line, starting
+from rlsys.boundary import check_sampled
 from rlsys.config.models import Config
 from rlsys.errors import EngineError
 from rlsys.roles import Generated, ProcessReport, PublishedWeights, Sampling, UpdateReport
@@ -29,6 +30,11 @@ MAX_CALLS = 100_000  # calls in an actor at once: each prompt in flight is one
 class Engine(Protocol):
     """What the actor works with: `VllmGenerator`, `FakeGenerator`."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+        ...
+
     async def start(self) -> None: ...
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Awaitable[RolloutGroup]]: ...
     async def progress(self) -> int: ...
@@ -39,8 +45,16 @@ class Engine(Protocol):
 EngineFactory = Callable[[str, Config, Path, int], Engine]
 
 
+class _Asked(NamedTuple):
+    """A prompt that is being sampled."""
+
+    prompt: Prompt
+    sampling: Sampling
+    group: asyncio.Future[RolloutGroup]
+
+
 class GeneratorActor(Shell):
-    """The shell around an engine; calls overlap.
+    """The shell around an engine; calls overlap. What the engine gives is checked before it is handed on.
 
     A batch of prompts comes in one call (`submit`) and goes out in one call per prompt (`result`), so that each group
     is a return value, owned by the caller: it outlives this process, as an object put from here would not.
@@ -49,7 +63,8 @@ class GeneratorActor(Shell):
     def __init__(self, factory: EngineFactory, name: str, config: Config, model_path: Path, version: int) -> None:
         self._arguments = (name, config, model_path, version)
         self._factory = factory
-        self._running: dict[tuple[int, int], asyncio.Future[RolloutGroup]] = {}
+        self._on_refused = config.rollout.on_refused
+        self._running: dict[tuple[int, int], _Asked] = {}
 
     async def start(self) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
@@ -57,23 +72,29 @@ class GeneratorActor(Shell):
         await self._engine.start()
 
     async def submit(self, batch: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        for i, group in enumerate(await self._engine.generate(prompts, sampling)):
-            self._running[batch, i] = asyncio.ensure_future(group)
+        groups = await self._engine.generate(prompts, sampling)
+        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+            self._running[batch, i] = _Asked(prompt, sampling, asyncio.ensure_future(group))
 
     async def result(self, batch: int, i: int) -> tuple[GroupInfo, RolloutGroup]:
-        """The driver reads the first of the two; the second stays where it is until somebody needs it."""
+        """The driver reads the first of the two; the second stays where it is until somebody needs it.
+
+        Raises BadRollout, or RolloutError, for a group that cannot be right.
+        """
+        asked = self._running[batch, i]
         try:
-            group = await self._running[batch, i]
+            group = await asked.group
         except asyncio.CancelledError:
             raise EngineError("the caller did not want this prompt any more") from None
         finally:
             del self._running[batch, i]
+        check_sampled(group, asked.prompt, asked.sampling, self._engine.vocabulary, self._on_refused)
         return group_info(group), group
 
     async def cancel(self, batch: int, i: int) -> None:
         """Sample a prompt no longer. Not by ray.cancel, which may keep `result` from ever running."""
-        if group := self._running.get((batch, i)):
-            group.cancel()
+        if asked := self._running.get((batch, i)):
+            asked.group.cancel()
 
     async def progress(self) -> int:
         return await self._engine.progress()

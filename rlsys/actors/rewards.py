@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import ray
 
 from rlsys.actors.answers import answer
 from rlsys.actors.processes import Process, Shell, close, starting
+from rlsys.boundary import OnRefused, check_received
 from rlsys.config.models import RewardsConfig
 from rlsys.errors import WorkerDied
 from rlsys.rewards.setup import with_absolute_paths
@@ -27,11 +29,20 @@ START_TIMEOUT_S = 60.0  # for the actor's process; what the functions take, the 
 
 
 class RewardActor(Shell):
-    """The shell around a `RewardWorker`; calls overlap."""
+    """The shell around a `RewardWorker`; calls overlap. Groups are checked before anything is done with them."""
 
-    def __init__(self, name: str, config: RewardsConfig, search_path: Sequence[str], strategy: Strategy | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: RewardsConfig,
+        search_path: Sequence[str],
+        strategy: Strategy | None,
+        on_refused: OnRefused,
+    ) -> None:
+        self._name = name
         self._arguments = (config, name, search_path)
         self._strategy = strategy
+        self._on_refused = on_refused
 
     async def start(self) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
@@ -40,19 +51,26 @@ class RewardActor(Shell):
 
     async def branch(self, rounds: Sequence[Sequence[ObjectRef]]) -> list[Branch]:
         assert self._strategy is not None
-        return self._strategy.branch(await _opened(rounds))
+        return self._strategy.branch(await self._opened(rounds))
 
     async def score(
         self, rounds: Sequence[Sequence[ObjectRef]], training: bool
     ) -> tuple[tuple[GroupInfo, float], ScoredGroup]:
         """The driver reads the first of the two; the second stays in the object store. Seconds are of scoring alone."""
-        groups = await _opened(rounds)
+        groups = await self._opened(rounds)
         begin = time.monotonic()
         found = await scored(self._strategy if training else None, groups, self._worker.score)
         return (group_info(found.group, found.rewards), time.monotonic() - begin), found
 
     async def close(self) -> None:
         await self._worker.close()
+
+    async def _opened(self, rounds: Sequence[Sequence[ObjectRef]]) -> list[list[RolloutGroup]]:
+        """Ray opens only what is an argument itself."""
+        opened = [list(await asyncio.gather(*groups)) for groups in rounds]
+        for group in itertools.chain(*opened):
+            check_received(group, self._name, self._on_refused)
+        return opened
 
 
 class RayRewarder:
@@ -65,13 +83,13 @@ class RayRewarder:
         self._completed = 0
 
     async def branch(self, rounds: Sequence[Sequence[Handle]]) -> Sequence[Branch]:
-        """Raises WorkerDied, SegmentError."""
+        """Raises WorkerDied, SegmentError; BadRollout or RolloutError for a group that cannot be right."""
         branches: list[Branch] = await answer(self.name, self.actor.branch.remote(rounds))
         self._completed += 1
         return branches
 
     async def score(self, rounds: Sequence[Sequence[Handle]], training: bool) -> Scored:
-        """Raises WorkerDied, SegmentError, and what `RewardWorker.score` raises."""
+        """Raises what `branch` does, and what `RewardWorker.score` does."""
         refs: list[Any] = self.actor.score.options(num_returns=2).remote(rounds, training)
         info, seconds = await answer(self.name, refs[0])
         self._completed += 1
@@ -90,21 +108,20 @@ class RayRewarder:
         await close([self._process], [self.actor.close.remote()])
 
 
-async def _opened(rounds: Sequence[Sequence[ObjectRef]]) -> list[list[RolloutGroup]]:
-    """Ray opens only what is an argument itself."""
-    return [list(await asyncio.gather(*groups)) for groups in rounds]
-
-
-async def start_rewarder(name: str, config: RewardsConfig, strategy: Strategy | None = None) -> RayRewarder:
+async def start_rewarder(
+    name: str, config: RewardsConfig, strategy: Strategy | None = None, on_refused: OnRefused = "retry"
+) -> RayRewarder:
     """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied,
     with what the process printed last.
 
     Its functions are found on the caller's module path and in its working directory. It claims no CPU: cores are
-    planned by the number of workers.
+    planned by the number of workers. `on_refused` is that of `rollout`.
     """
     # A worker that died is replaced by the driver, which knows what it was doing.
     remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(RewardActor)
-    actor: ActorHandle[Any] = remote.remote(name, with_absolute_paths(config), default_search_path(), strategy)
+    actor: ActorHandle[Any] = remote.remote(
+        name, with_absolute_paths(config), default_search_path(), strategy, on_refused
+    )
     process = Process(name, actor)
     async with starting(process):
         try:

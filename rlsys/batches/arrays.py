@@ -8,8 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rlsys.boundary import segments_fault
 from rlsys.errors import LearnerError, NonFiniteError
 from rlsys.types import Reward, Rollout, RolloutBatch, ScoredGroup, TrainBatch
+
+LARGEST = float(np.finfo(np.float32).max)
 
 Batch = TypeVar("Batch", RolloutBatch, TrainBatch)
 
@@ -22,24 +25,31 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
     `reference[i][j]` is the reference policy's float32 [T] log-probs of rollout j of group i. T and L are at least 1.
     An unscored rollout keeps its row, with an empty mask.
 
-    Raises LearnerError for arrays of the wrong length or a rewarded rollout without a finite score, NonFiniteError for
-    a log-prob that is not finite on a trained token. Both name the rollout.
+    Raises LearnerError for arrays of the wrong shape, segments outside of a response or a rewarded rollout without a
+    finite score; NonFiniteError for a log-prob that is not finite: the reference's of any token, the generator's of a
+    trained one. Both name the rollout and the role it comes from.
     """
     if reference is not None and len(reference) != len(groups):
-        raise LearnerError(f"{len(groups)} groups came with the reference log-probs of {len(reference)}")
+        raise LearnerError(f"{len(groups)} groups came with the reference log-probs of {len(reference)}", kind="shape")
     rows: list[tuple[str, np.ndarray, Rollout, Reward, np.ndarray | None]] = []
     numbers: list[int] = []
     for number, group in enumerate(groups):
         if len(group.rollouts) != len(group.rewards):
-            raise LearnerError(f"{group.prompt.id}: {len(group.rollouts)} rollouts but {len(group.rewards)} rewards")
+            raise LearnerError(
+                f"{group.prompt.id}: {len(group.rollouts)} rollouts but {len(group.rewards)} rewards, "
+                "from the reward worker",
+                kind="rewards",
+            )
         arrays = [None] * len(group.rollouts) if reference is None else reference[number]
         if len(arrays) != len(group.rollouts):
             raise LearnerError(
-                f"{group.prompt.id}: {len(group.rollouts)} rollouts but reference log-probs of {len(arrays)}"
+                f"{group.prompt.id}: {len(group.rollouts)} rollouts but reference log-probs of {len(arrays)}, "
+                "from the reference",
+                kind="shape",
             )
         for rollout, reward, row_reference in zip(group.rollouts, group.rewards, arrays, strict=True):
             name = f"{group.prompt.id}#{rollout.sample}"
-            _check(name, rollout, reward, row_reference)
+            _check(name, group.group.generator, rollout, reward, row_reference)
             rows.append((name, group.prompt.token_ids, rollout, reward, row_reference))
             numbers.append(number)
 
@@ -102,25 +112,41 @@ def collate(groups: Sequence[ScoredGroup], reference: Sequence[Sequence[np.ndarr
     )
 
 
-def _check(name: str, rollout: Rollout, reward: Reward, reference: np.ndarray | None) -> None:
+def _check(name: str, generator: str, rollout: Rollout, reward: Reward, reference: np.ndarray | None) -> None:
     length = len(rollout.token_ids)
-    arrays: dict[str, np.ndarray] = {
-        "action_mask": rollout.action_mask,
-        "behavior_logprobs": rollout.behavior_logprobs,
-    }
+    arrays: list[tuple[str, str, np.ndarray]] = [
+        (generator, "action_mask", rollout.action_mask),
+        (generator, "behavior_logprobs", rollout.behavior_logprobs),
+    ]
     if reference is not None:
-        arrays["reference log-probs"] = reference
-    for what, array in arrays.items():
-        if len(array) != length:
-            raise LearnerError(f"{name}: {length} response tokens but {len(array)} {what}")
+        arrays.append(("the reference", "reference log-probs", reference))
+    for role, what, array in arrays:
+        if array.shape != (length,):
+            raise LearnerError(
+                f"{name}: {what} of shape {list(array.shape)} for {length} response tokens, from {role}", kind="shape"
+            )
+    if fault := segments_fault(rollout.segments, length):
+        raise LearnerError(f"{name}: {fault.words}, from the reward worker", kind=fault.kind)
+    # It computes all of them, those that are not trained on, too.
+    if reference is not None and not np.isfinite(reference).all():
+        bad = np.flatnonzero(~np.isfinite(reference))[0]
+        raise NonFiniteError(
+            f"{name}: reference log-prob of response token {bad} is {reference[bad]}, from the reference",
+            kind="log-probs",
+        )
     if reward.status != "ok":
         return
-    if not np.isfinite(reward.score):
-        raise LearnerError(f"{name}: its reward has status 'ok' but the score {reward.score}")
-    for what, array in arrays.items():
-        bad = np.flatnonzero(~np.isfinite(array) & rollout.action_mask)
-        if bad.size:
-            raise NonFiniteError(f"{name}: {what} of response token {bad[0]} is {array[bad[0]]}")
+    for what, value in {"score": reward.score, **reward.components}.items():
+        if not abs(value) <= LARGEST:
+            raise LearnerError(
+                f"{name}: its reward has status 'ok' but the {what} {value}, from the reward worker", kind="rewards"
+            )
+    bad_ones = np.flatnonzero(~np.isfinite(rollout.behavior_logprobs) & rollout.action_mask)
+    if bad_ones.size:
+        value = rollout.behavior_logprobs[bad_ones[0]]
+        raise NonFiniteError(
+            f"{name}: behavior_logprobs of response token {bad_ones[0]} is {value}, from {generator}", kind="log-probs"
+        )
 
 
 def build_train_batch(

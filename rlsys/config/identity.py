@@ -15,7 +15,7 @@ from rlsys.errors import RunDirError
 # what becomes of failures. All time-outs as well.
 MAY_DIFFER = (
     "run.name", "run.dir", "run.steps", "run.resume", "trackers", "resources", "checkpoint", "model.tiny.cache_dir",
-    "rollout.generators", "rollout.engine", "rollout.attempts",
+    "rollout.generators", "rollout.engine", "rollout.attempts", "rollout.on_refused",
     "rewards.workers", "rewards.concurrency", "rewards.on_failure",
     "reference.threads", "reference.micro_batch_tokens",
     "learner.ranks", "learner.zero_stage", "learner.offload", "learner.packing", "learner.micro_batch_tokens",

@@ -7,9 +7,9 @@ that).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -170,6 +170,10 @@ class RolloutConfig(Strict):
         60.0, description="A generator whose tokens do not advance for so long loses its work and is restarted."
     )
     attempts: PositiveInt = Field(3, description="Tries of one prompt before it is dropped.")
+    on_refused: Literal["retry", "stop"] = Field(
+        "retry",
+        description="Rollouts that cannot be right (log-probs, shapes, versions, copies): try again, or stop the run.",
+    )
 
 
 # ---- rewards ------------------------------------------------------------------------------------------------------
@@ -184,6 +188,15 @@ class RewardFunctionConfig(Strict):
     tasks: tuple[str, ...] | None = Field(None, description="Only prompts of these tasks; null: all.")
     path: str | None = Field(None, description="python: `module:function` or `file.py:function`.")
     options: dict[str, Any] = Field({}, description="Keyword arguments of the function.")
+    range: tuple[float, float] | None = Field(
+        None, description="Lowest and highest score it may return; another one is a failure. null: any number."
+    )
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.range is not None and self.range[0] > self.range[1]:
+            raise ValueError(f"range {list(self.range)} has its lowest score last")
+        return self
 
 
 class RewardsConfig(Strict):
@@ -195,7 +208,8 @@ class RewardsConfig(Strict):
     start_timeout_s: PositiveFloat = Field(60.0, description="The functions must be imported by then.")
     concurrency: PositiveInt = Field(16, description="Async functions: calls at once of one worker.")
     on_failure: Literal["mask", "stop"] = Field(
-        "mask", description="A reward that raised or timed out: mask that rollout, or stop the run."
+        "mask",
+        description="A reward that raised, timed out or is no score (see range): mask that rollout, or stop the run.",
     )
 
 

@@ -14,7 +14,7 @@ from rlsys.driver.rewarders import RewarderPool, Rounds
 from rlsys.driver.waiting import within
 from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import WorkFailed
-from rlsys.errors import EngineError
+from rlsys.errors import BadRollout, EngineError
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Sampling
 from rlsys.types import GroupInfo, Prompt
@@ -98,7 +98,7 @@ class Evaluator:
                 [Rounds(generated.info.prompt_id, [[generated.payload]], training=False)]
             )
             scored, _ = await scoring
-        except WorkFailed as error:
+        except (WorkFailed, BadRollout) as error:
             logger.warning("a prompt of the evaluation is left out: %s", error)
             return None
         info: GroupInfo = scored.info

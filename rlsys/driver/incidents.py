@@ -44,6 +44,8 @@ class Incidents:
             self._ledger.assigned(work.prompt.id, worker, attempt)
 
     def _failed(self, work: object, worker: str, error: RlsysError) -> None:
+        if error.kind:
+            self._recorder.refused(error.kind)
         if isinstance(work, Request) and work.training:
             self._ledger.failed(work.root or work.prompt.id, worker, str(error))
 
@@ -55,6 +57,8 @@ class Incidents:
         )
         self._ledger.note("worker lost", worker=loss.worker, cause=loss.error.cause, work=list(loss.work))
         self._recorder.restarted(loss.worker)
+        if loss.error.kind:
+            self._recorder.refused(loss.error.kind)
         self._moved()
 
     def _reported(self, loss: Loss) -> None:
@@ -80,6 +84,8 @@ class Incidents:
         self.newest = f"{worker} did not start: {error}"
         logger.warning("%s did not start: %s; it is tried again", worker, error)
         self._ledger.note("start failed", worker=worker, cause=str(error))
+        if error.kind:
+            self._recorder.refused(error.kind)
 
     def _joined(self, worker: str, again: bool) -> None:
         if again:

@@ -15,7 +15,7 @@ from rlsys.driver.progress import Recorder
 from rlsys.driver.rewarders import RewarderPool, Rounds
 from rlsys.driver.waiting import gathered
 from rlsys.driver.workers import WorkFailed
-from rlsys.errors import HandleLost, SegmentError
+from rlsys.errors import BadRollout, HandleLost, SegmentError
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Branch, Generated, Handle, Reference, Scored, TrainItem
 from rlsys.segments import Strategy
@@ -59,13 +59,20 @@ class Production:
         return [self._produce(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     async def _produce(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
-        """Whatever is lost on the way, with the node that had it, is sampled again."""
+        """What is lost on the way with the node that had it, or refused by a reward worker, is sampled again."""
+        refusals = 0
         while True:
             try:
                 return await self._once(prompt, generating)
             except HandleLost as error:
                 self._ledger.failed(prompt.id, "its node", str(error))
                 logger.warning("%s is sampled again: %s", prompt.id, error)
+            except BadRollout as error:
+                refusals += 1
+                self._ledger.failed(prompt.id, error.generator, str(error))
+                self._recorder.refused(error.kind)
+                if refusals >= self._generators.options.attempts:
+                    return await self._books.drop(prompt, f"generation failed: {refusals} attempts, the last: {error}")
             self._recorder.sampling(1)
             request = Request(prompt, self._books.drawing.sampling(prompt), training=True)
             [generating] = self._generators.submit([request])

@@ -50,6 +50,7 @@ class Recorder:
         tokens/old_states                   of prompts and branches, with states from a cache that older weights
                                             may have filled (`weights.kv_cache: share`)
         restarts/ROLE                       lost since the step before: generator, rewarder, learner, reference
+        refused/KIND                        what cannot be right, since the step before: log-probs, shape, checksum, ...
         reference/version                   newest policy weights that the reference has taken in, where it moves
         time/step_s, learner_s              since the step before; in the learner
         wait/learner_for_rollouts_s         the learner had no batch
@@ -115,6 +116,10 @@ class Recorder:
     def restarted(self, worker: str) -> None:
         """A role was lost, and is being restarted."""
         self._add(f"restarts/{worker.partition('-')[0]}", Sum(1))
+
+    def refused(self, kind: str) -> None:
+        """Something that came in cannot be right."""
+        self._add(f"refused/{kind}", Sum(1))
 
     def waited(self, seconds: float) -> None:
         """The learner waited for a batch."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.workers import PoolOptions, Run, WorkerPool
+from rlsys.errors import BadRollout, EngineError
 from rlsys.roles import Handle, Rewarder
 
 
@@ -42,6 +43,9 @@ class RewarderPool(WorkerPool[Rewarder, Rounds, Any]):
 
     def _called(self, work: Rounds) -> str:
         return work.prompt_id
+
+    def _is_to_blame(self, worker: Rewarder, error: EngineError) -> bool:
+        return not isinstance(error, BadRollout)  # which a generator made
 
     def _completed(self, name: str) -> None:
         self._scored[name] = self._scored.get(name, 0) + 1

@@ -64,4 +64,6 @@ class WeightRollout:
         except WorkerDied as error:
             self._pool.lose(generator, error)
         except EngineError as error:
-            self._pool.lose(generator, WorkerDied(name, str(error)))
+            lost = WorkerDied(name, str(error))
+            lost.kind = error.kind
+            self._pool.lose(generator, lost)

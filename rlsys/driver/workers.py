@@ -286,12 +286,13 @@ class WorkerPool(ABC, Generic[W, J, R]):
             self.lose(worker, error)
             return
         except EngineError as error:
-            self._failed_at(worker, job, error)
+            if self._is_to_blame(worker, error):
+                self._failed_at(worker, job, error)
+            elif self._take_back(worker, job):
+                self._give_back(worker, job, error)
         except RlsysError as error:
             if self._take_back(worker, job):
-                self._router.cancelled(worker.name)
-            if not job.future.done():
-                job.future.set_exception(error)
+                self._give_back(worker, job, error)
         else:
             if self._take_back(worker, job):
                 self._router.done(worker.name)
@@ -300,6 +301,16 @@ class WorkerPool(ABC, Generic[W, J, R]):
                 if not job.future.done():
                     job.future.set_result((result, worker.name))
         self._dispatch()
+
+    def _is_to_blame(self, worker: W, error: EngineError) -> bool:
+        """Whether the failure is the worker's, so that another one may do better; else it is that of its work."""
+        return True
+
+    def _give_back(self, worker: W, job: _Job[J, R], error: RlsysError) -> None:
+        """Whoever wants the work is told that it cannot be done."""
+        self._router.cancelled(worker.name)
+        if not job.future.done():
+            job.future.set_exception(error)
 
     def _completed(self, name: str) -> None:
         """A worker has finished a piece of work."""

@@ -229,7 +229,8 @@ class LearnerRank:
     def publish(self) -> PublishedWeights | None:
         """The current weights as one block of bytes (uint8 array; none with a sender), with a probe.
 
-        None on ranks other than 0.
+        None on ranks other than 0. Raises NonFiniteError for weights whose log-probs are not finite: a generator that
+        finds others could not be told from one that finds the same.
         """
         started = time.perf_counter()
         weights = self.learner.policy.weights()
@@ -244,6 +245,12 @@ class LearnerRank:
                 pass
         gather_s = time.perf_counter() - started
         logprobs = self.learner.probe(self._probe_ids)
+        if not np.isfinite(logprobs).all():
+            raise NonFiniteError(
+                f"learner: its log-probs of the probe are not finite with version {self.version}: these weights are of "
+                "no use. Take smaller steps (learner.optimizer), in a new run",
+                kind="probe",
+            )
         if dist.get_rank() != 0:
             return None
         return PublishedWeights(

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 # A number, or named components of which "score" is the number that counts.
 Value = float | Mapping[str, float]
+LARGEST = 3.4e38  # of a score or component: they travel on as float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from rlsys.errors import RewardSetupError
-from rlsys.rewards import RewardFunction, Sample
+from rlsys.rewards import LARGEST, RewardFunction, Sample
 from rlsys.rewards.calls import Call
 from rlsys.rewards.link import pack, read
 
@@ -156,6 +156,8 @@ def _number(value: Any, where: str) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"returned {number}{where}, not a finite number")
+    if abs(number) > LARGEST:
+        raise ValueError(f"returned {number:g}{where}, which float32 cannot hold")
     return number
 
 

@@ -22,9 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
+
 from rlsys.config.models import RewardsConfig
 from rlsys.errors import ConfigError, RewardError, RewardSetupError
-from rlsys.rewards import RewardFunction, Sample
+from rlsys.rewards import LARGEST, RewardFunction, Sample
 from rlsys.rewards.calls import Call, CallQueue
 from rlsys.rewards.link import HEADER, pack
 from rlsys.rewards.setup import applicable, build_functions
@@ -189,13 +191,23 @@ class RewardWorker:
             kind, call, content, at = answer
             self._calls.done(call, at)
             if kind == "value":
-                self._record(call, _Outcome("ok", content))
+                self._record(call, self._valued(call, content))
             elif kind == "timeout":
                 self._record(call, _Outcome("timeout", detail=f"took more than {self._config.timeout_s:g} s"))
             else:
                 self._record(call, _Outcome("error", detail=content))
             if child.killed_at is None:
                 self._dispatch()
+
+    def _valued(self, call: Call, components: Mapping[str, float]) -> _Outcome:
+        """A score outside the range that its function declares is none: neither cut off at the range nor 0."""
+        declared, score = self._config.functions[call.function].range, components["score"]
+        if declared is not None:
+            low, high = declared
+            # As float32, in which they travel on: a sum of parts that is 1 but for its last digit is 1.
+            if not np.float32(low) <= np.float32(score) <= np.float32(high):
+                return _Outcome("error", detail=f"returned {score}, outside of its range [{low:g}, {high:g}]")
+        return _Outcome("ok", components)
 
     def _settle_lost(self, killed_at: float | None, code: int) -> None:
         """Give up the culprit of a lost child; the rest waits for the next one."""
@@ -241,6 +253,8 @@ class RewardWorker:
                 score += function.weight * outcome.components["score"]
             else:
                 failures.append((outcome.status, f"{function.name}: {outcome.detail}"))
+        if not failures and not abs(score) <= LARGEST:
+            failures.append(("error", f"the weighted sum of the functions is {score:g}, which float32 cannot hold"))
         if not failures:
             return Reward("ok", score, components)
         status: RewardStatus = "timeout" if any(s == "timeout" for s, _ in failures) else "error"

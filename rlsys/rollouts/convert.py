@@ -91,15 +91,12 @@ def _to_rollout(prompt: Prompt, completion: CompletionOutput) -> Rollout:
             raise EngineError(f"prompt {prompt.id}: vLLM ended sample {completion.index} with {other!r}")
     assert isinstance(completion.logprobs, FlatLogprobs)
     token_ids = np.array(completion.token_ids, dtype=np.int32)
-    logprobs = np.array(completion.logprobs.logprobs, dtype=np.float32)
-    if len(logprobs) != len(token_ids):
-        raise EngineError(f"prompt {prompt.id}: vLLM gave {len(token_ids)} tokens but {len(logprobs)} log-probs")
     return Rollout(
         prompt_id=prompt.id,
         sample=completion.index,
         token_ids=token_ids,
         action_mask=np.ones(len(token_ids), dtype=bool),
-        behavior_logprobs=logprobs,
+        behavior_logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
         version_spans=tuple(VersionSpan(int(version), start, end) for version, start, end in _spans(completion)),
         finish_reason=reason,
         text=completion.text,

@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlsys.config.models import Config
-from rlsys.errors import DataError, EngineError, WeightUpdateError, WorkerDied
+from rlsys.errors import DataError, EngineError, ModelMismatchError, WeightUpdateError, WorkerDied
 from rlsys.roles import Probe, PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.convert import requests, sampling_params, to_group
+from rlsys.rollouts.probe import check_probe
 from rlsys.rollouts.settings import engine_args, prepare_environment
 from rlsys.rollouts.transfer import transfer
 from rlsys.types import Prompt, RolloutGroup, group_info
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-# Largest difference between the learner's log-probs of the probe and vLLM's. bfloat16 rounds each layer's result to
-# three digits, so there only gross errors (a tensor that was not updated, or in the wrong place) show.
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 PROBE_PRIORITY = -1  # before every prompt, whose priorities are 0, 1, 2, ...
 
 
@@ -63,6 +61,7 @@ class VllmGenerator:
         """`version` is what the weights in `model_path` are labelled with until the first update."""
         self.name = name
         self.version = version
+        self.vocabulary = 0  # the model's, once it is loaded
         self._config = config
         self._model_path = model_path
         self._engine: AsyncLLM | None = None
@@ -75,6 +74,7 @@ class VllmGenerator:
         self._requests = 0
         self._tokens = 0
         self._transfer = transfer(name, config)
+        self._agreed = False  # with the learner, about a probe
 
     async def start(self) -> None:
         """Start the engine process, load the model, generate a little (a first request has one-off work to do).
@@ -93,6 +93,7 @@ class VllmGenerator:
             # What happened in the engine process is in the output of that process; vLLM says no more than that it
             # failed.
             raise EngineError(f"{self.name}: vLLM does not start with {self._model_path}: {error}") from error
+        self.vocabulary = self._engine.model_config.get_vocab_size()
         self._count_tokens(self._engine)
         with self._failures():
             await self._engine.update_weight_version(str(self.version))
@@ -219,7 +220,8 @@ class VllmGenerator:
 
         Raises WeightUpdateError. A version that is refused (not the manifest's, older than the current one, damaged,
         or of another model) leaves the engine generating with the weights it has; one that fails half-way, differs in
-        the probe, or is not loaded within `weights.timeout_s` ends the engine.
+        the probe, or is not loaded within `weights.timeout_s` ends the engine. Raises ModelMismatchError, and ends the
+        engine, when the first version it takes arrives as it was sent and differs in the probe all the same.
         """
         async with self._updating:
             self._running_engine()
@@ -228,13 +230,15 @@ class VllmGenerator:
                 async with asyncio.timeout(self._config.weights.timeout_s):
                     return await self._take(weights)
             except _Refused as error:
-                raise WeightUpdateError(f"{self.name}: {error}; it goes on with version {self.version}") from None
+                raise WeightUpdateError(
+                    f"{self.name}: {error}; it goes on with version {self.version}", kind="checksum"
+                ) from None
             except TimeoutError:
                 limit = self._config.weights.timeout_s
                 late = f"version {weights.version} was not loaded within weights.timeout_s={limit:g} s"
                 self._end(late)
                 raise WeightUpdateError(f"{self.name}: {late}") from None
-            except WeightUpdateError as error:
+            except (WeightUpdateError, ModelMismatchError) as error:
                 self._end(str(error))
                 raise
             except asyncio.CancelledError:
@@ -244,11 +248,17 @@ class VllmGenerator:
     def _refuse(self, weights: PublishedWeights) -> None:
         version, described = weights.version, weights.manifest["version"]
         if described != version:
-            raise WeightUpdateError(f"{self.name}: weights of version {version} came with a manifest of {described}")
+            raise WeightUpdateError(
+                f"{self.name}: weights of version {version} came with a manifest of {described}", kind="version"
+            )
         if version < self.version:
-            raise WeightUpdateError(f"{self.name} has version {self.version} already, which is newer than {version}")
+            raise WeightUpdateError(
+                f"{self.name} has version {self.version} already, which is newer than {version}", kind="version"
+            )
         if len(weights.probe.token_ids) < 2:
-            raise WeightUpdateError(f"weights of version {version} have no probe: it needs 2 tokens or more")
+            raise WeightUpdateError(
+                f"weights of version {version} have no probe: it needs 2 tokens or more", kind="probe"
+            )
         self._expected.check(weights.manifest)
 
     async def _take(self, weights: PublishedWeights) -> UpdateReport:
@@ -305,15 +315,14 @@ class VllmGenerator:
         return await self._running_engine().add_request("probe", prompt, params, priority=PROBE_PRIORITY)
 
     async def _probe_difference(self, weights: PublishedWeights, queue: RequestOutputCollector) -> float:
+        import vllm
+
         output: Any = await queue.get()
         found = np.array(output.prompt_logprobs.logprobs)  # the first token has none, the others one each
-        difference = float(np.max(np.abs(found - np.array(weights.probe.logprobs))))
-        tolerance = PROBE_TOLERANCE[self._config.model.dtype]
-        if not difference <= tolerance:  # also when it is NaN
-            raise WeightUpdateError(
-                f"{self.name}: with version {weights.version} its log-probs of the probe differ from the learner's by "
-                f"{difference:.2e}, more than {tolerance:g}: the weights did not arrive as they are"
-            )
+        model = self._running_engine().model_config
+        engine = f"vLLM {vllm.__version__}, {model.architecture}"
+        difference = check_probe(self.name, engine, weights, found, self._config.model.dtype, self._agreed)
+        self._agreed = True
         return difference
 
     # ---- the engine ---------------------------------------------------------------------------------------------

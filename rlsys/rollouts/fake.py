@@ -18,6 +18,7 @@ from rlsys.config.models import Config
 from rlsys.errors import EngineError, WeightUpdateError, WorkerDied
 from rlsys.roles import PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.convert import expert_rollout
+from rlsys.rollouts.probe import check_probe
 from rlsys.types import FinishReason, Prompt, Rollout, RolloutGroup, VersionSpan
 from rlsys.weights.expected import ExpectedTensors
 from rlsys.weights.publish import unpack, verify
@@ -30,11 +31,14 @@ TENSOR = "logits"  # the one tensor of its weights, float32 [VOCABULARY]
 class FakeGenerator:
     """Starts with equal logits; text is the token ids with spaces between. Knows no stop strings, top-p or top-k."""
 
+    vocabulary = VOCABULARY
+
     def __init__(self, name: str, config: Config, model_path: str | Path, version: int = 0) -> None:
         self.name = name
         self.version = version
         self._logits = np.zeros(VOCABULARY)
         self._expected = ExpectedTensors({TENSOR: (VOCABULARY,)}, {})
+        self._agreed = False  # with the learner, about a probe
         self._tokens = 0
         self._running: set[asyncio.Task[RolloutGroup]] = set()
         self._started = False
@@ -60,14 +64,14 @@ class FakeGenerator:
         self._check_running()
         began = time.perf_counter()
         if weights.manifest["version"] != weights.version or weights.version < self.version:
-            raise WeightUpdateError(f"{self.name} with version {self.version} cannot take {weights.version}")
+            message = f"{self.name} with version {self.version} cannot take {weights.version}"
+            raise WeightUpdateError(message, kind="version")
         self._expected.check(weights.manifest)
         verify(weights.payload, weights.manifest)
         logits = unpack(weights.payload, weights.manifest)[TENSOR].numpy().astype(np.float64)
         found = log_softmax(logits)[list(weights.probe.token_ids[1:])]
-        difference = float(np.max(np.abs(found - np.array(weights.probe.logprobs))))
-        if not difference <= 1e-3:
-            raise WeightUpdateError(f"{self.name}: log-probs of the probe differ by {difference:.2e}")
+        difference = check_probe(self.name, "a unigram", weights, found, "float32", self._agreed)
+        self._agreed = True
         self._logits, self.version = logits, weights.version
         seconds = time.perf_counter() - began
         return UpdateReport(self.name, self.version, 0.0, 0.0, seconds, int(weights.manifest["bytes"]), difference)

@@ -34,12 +34,15 @@ class ExpectedTensors:
         version = manifest["version"]
         shapes = {entry["name"]: tuple(entry["shape"]) for entry in manifest["tensors"]}
         if missing := sorted(set(self.required) - set(shapes)):
-            raise WeightUpdateError(f"weights of version {version} lack {len(missing)} tensors, such as {missing[0]}")
+            message = f"weights of version {version} lack {len(missing)} tensors, such as {missing[0]}"
+            raise WeightUpdateError(message, kind="tensors")
         for name, shape in shapes.items():
             wanted = self.required.get(name, self.optional.get(name))
             if wanted is None:
-                raise WeightUpdateError(f"weights of version {version}: the model has no tensor {name}")
+                message = f"weights of version {version}: the model has no tensor {name}"
+                raise WeightUpdateError(message, kind="tensors")
             if shape != wanted:
                 raise WeightUpdateError(
-                    f"weights of version {version}: {name} has shape {list(shape)}, the model's is {list(wanted)}"
+                    f"weights of version {version}: {name} has shape {list(shape)}, the model's is {list(wanted)}",
+                    kind="tensors",
                 )

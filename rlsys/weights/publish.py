@@ -70,13 +70,14 @@ def verify(payload: np.ndarray, manifest: Mapping[str, Any]) -> None:
     size = payload.nbytes
     if size != manifest["bytes"]:
         raise WeightUpdateError(
-            f"weights of version {version}: {size} bytes came, the manifest says {manifest['bytes']}"
+            f"weights of version {version}: {size} bytes came, the manifest says {manifest['bytes']}", kind="checksum"
         )
     found = checksum(payload, list(manifest["tensors"]))
     if found != manifest["checksum"]:
         raise WeightUpdateError(
             f"weights of version {version}: checksum {found}, the manifest says {manifest['checksum']}; "
-            "the bytes were damaged or belong to another version"
+            "the bytes were damaged or belong to another version",
+            kind="checksum",
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlsys.batches import build_train_batch, collate, select_rows
 from rlsys.errors import LearnerError, NonFiniteError
-from rlsys.types import Prompt, Reward, Rollout, RolloutBatch, RolloutGroup, ScoredGroup, VersionSpan
+from rlsys.types import Prompt, Reward, Rollout, RolloutBatch, RolloutGroup, ScoredGroup, Segment, VersionSpan
 
 
 def group(name: str, prompt: list[int], responses: list[list[int]], scores: list[float | None]) -> ScoredGroup:
@@ -97,22 +99,68 @@ def broken(two_groups: list[ScoredGroup], row: int = 0, **changes: object) -> li
 
 
 def test_collate_names_what_is_wrong(two_groups: list[ScoredGroup]) -> None:
-    with pytest.raises(LearnerError, match="a#0: 3 response tokens but 2 behavior_logprobs"):
-        collate(broken(two_groups, behavior_logprobs=np.zeros(2, dtype=np.float32)))
-    with pytest.raises(LearnerError, match="a#0: 3 response tokens but 4 action_mask"):
-        collate(broken(two_groups, action_mask=np.ones(4, dtype=bool)))
-    with pytest.raises(NonFiniteError, match="a#0: behavior_logprobs of response token 2 is nan"):
-        collate(broken(two_groups, behavior_logprobs=np.array([0, np.nan, np.nan], dtype=np.float32)))
-    with pytest.raises(LearnerError, match="a: 2 rollouts but 1 rewards"):
-        collate([replace(two_groups[0], rewards=two_groups[0].rewards[:1])])
-    with pytest.raises(LearnerError, match="a#0: its reward has status 'ok' but the score nan"):
-        collate([replace(two_groups[0], rewards=(Reward("ok", float("nan")), two_groups[0].rewards[1]))])
-    with pytest.raises(LearnerError, match="2 groups came with the reference log-probs of 1"):
-        collate(two_groups, [[np.zeros(3), np.zeros(1)]])
-    with pytest.raises(LearnerError, match="a: 2 rollouts but reference log-probs of 1"):
-        collate(two_groups, [[np.zeros(3)], [np.zeros(4)]])
-    with pytest.raises(LearnerError, match="b#0: 4 response tokens but 3 reference log-probs"):
-        collate(two_groups, [[np.zeros(3), np.zeros(1)], [np.zeros(3)]])
+    def refused(error: type[LearnerError], message: str, groups: list[ScoredGroup], reference: Any = None) -> None:
+        with pytest.raises(error, match=message) as caught:
+            collate(groups, reference)
+        assert caught.value.kind
+
+    def scored(reward: Reward) -> list[ScoredGroup]:
+        return [replace(two_groups[0], rewards=(reward, two_groups[0].rewards[1]))]
+
+    mine, theirs, judge = "from generator-0$", "from the reference$", "from the reward worker$"
+    short, flat = np.zeros(2, dtype=np.float32), np.zeros((3, 1), dtype=np.float32)
+    for array in (short, flat):
+        shape = re.escape(str(list(array.shape)))
+        refused(
+            LearnerError,
+            f"a#0: behavior_logprobs of shape {shape} for 3 response tokens, {mine}",
+            broken(two_groups, behavior_logprobs=array),
+        )
+        refused(
+            LearnerError,
+            f"a#0: reference log-probs of shape {shape} for 3 response tokens, {theirs}",
+            two_groups,
+            [[array, np.zeros(1)], [np.zeros(4)]],
+        )
+    refused(
+        LearnerError,
+        f"a#0: action_mask of shape .4. for 3 response tokens, {mine}",
+        broken(two_groups, action_mask=np.ones(4, dtype=bool)),
+    )
+    refused(
+        NonFiniteError,
+        f"a#0: behavior_logprobs of response token 2 is nan, {mine}",
+        broken(two_groups, behavior_logprobs=np.array([0, np.nan, np.nan], dtype=np.float32)),
+    )
+    refused(
+        LearnerError,
+        r"a#0: segment \[1, 4\) is outside of its 3 tokens",
+        broken(two_groups, segments=(Segment(0, 1), Segment(1, 4))),
+    )
+    refused(
+        LearnerError,
+        f"a: 2 rollouts but 1 rewards, {judge}",
+        [replace(two_groups[0], rewards=two_groups[0].rewards[:1])],
+    )
+    for number in (float("nan"), 1e39):  # the second is infinite as float32
+        said = re.escape(str(number))
+        refused(
+            LearnerError, f"a#0: its reward has status 'ok' but the score {said}, {judge}", scored(Reward("ok", number))
+        )
+        refused(LearnerError, f"the part {said}, {judge}", scored(Reward("ok", 1.0, {"part": number})))
+    refused(LearnerError, "2 groups came with the reference log-probs of 1", two_groups, [[np.zeros(3), np.zeros(1)]])
+    refused(
+        LearnerError,
+        f"a: 2 rollouts but reference log-probs of 1, {theirs}",
+        two_groups,
+        [[np.zeros(3)], [np.zeros(4)]],
+    )
+    refused(  # of an unscored rollout, too: the reference computes all of them
+        NonFiniteError,
+        f"a#1: reference log-prob of response token 0 is inf, {theirs}",
+        two_groups,
+        [[np.zeros(3), np.array([np.inf])], [np.zeros(4)]],
+    )
 
 
 def test_what_is_not_trained_on_may_be_anything(two_groups: list[ScoredGroup]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlsys.errors import EngineError, RewardError, RlsysError, WorkerDied
+from rlsys.errors import BadRollout, EngineError, RewardError, RlsysError, WorkerDied
 from rlsys.ledger.story import read_run, read_story
 from rlsys.sim.drive import Simulation, at, sim_config, simulate
 from rlsys.sim.roles import SimGenerator, SimRewarder, Timing
@@ -32,7 +32,7 @@ def test_dead_generators_are_restarted_and_their_work_goes_elsewhere(tmp_path: P
     assert failed
     assert all(detail["worker"] == "generator-0" and "SIGKILL" in detail["cause"] for detail in failed)
     notes = [note.event for note in read_run(tmp_path).notes if note.detail.get("worker") == "generator-0"]
-    assert notes == ["worker joined", "worker lost", "worker restarted"]
+    assert notes == ["worker joined", "worker lost", "processes of a lost worker", "worker restarted"]
 
 
 def test_a_stalled_generator_loses_its_work_but_a_slow_one_does_not(tmp_path: Path) -> None:
@@ -94,6 +94,42 @@ def test_nothing_left_to_train_on_is_an_error(tmp_path: Path) -> None:
     message = "100 groups in a row were dropped since step 0, the last for 'zero variance'"
     with pytest.raises(RlsysError, match=message):
         simulate(sim_config(batch=1), tmp_path, filters=[DropAll()])
+
+
+@pytest.mark.parametrize("seen_by", ["generator", "rewarder"])
+def test_what_a_generator_made_up_is_sampled_again_and_counted(tmp_path: Path, seen_by: str) -> None:
+    refusals = []
+
+    def refuse(prompt_id: str) -> None:
+        if prompt_id in ("sim/2", "sim/3") and refusals.count(prompt_id) < (1 if prompt_id == "sim/2" else 2):
+            refusals.append(prompt_id)
+            raise BadRollout(
+                f"generator-0: prompt {prompt_id}, sample 1: inf", kind="log-probs", generator="generator-0"
+            )
+
+    class Checking(SimGenerator):
+        async def _sample(self, prompt: Any, sampling: Any) -> Any:
+            generated = await super()._sample(prompt, sampling)
+            refuse(prompt.id)
+            return generated
+
+    class Strict(SimRewarder):
+        async def score(self, rounds: Any, training: bool) -> Any:
+            refuse(rounds[0][0].prompt.id)
+            return await super().score(rounds, training)
+
+    def act(simulation: Simulation) -> None:
+        for worker in simulation.generators if seen_by == "generator" else simulation.rewarders:
+            worker.__class__ = Checking if seen_by == "generator" else Strict
+
+    simulation, summary = simulate(sim_config(steps=3, rollout={"attempts": 2}), tmp_path, act)
+    assert summary["fates"] == {"trained": 12, "dropped": {"generation failed": 1}, "pending": 0}
+    assert sum(metrics.get("refused/log-probs", 0) for _, metrics in simulation.tracker.steps) == 3
+    story = read_story(tmp_path, "sim/3")
+    assert story.prompt["reason"] == "generation failed: 2 attempts, the last: generator-0: prompt sim/3, sample 1: inf"
+    failed = [event.detail["worker"] for event in story.events if event.event == "failed"]
+    assert all(worker.startswith("generator") for worker in failed)
+    assert simulation.spawns == 0
 
 
 def test_a_generator_that_fails_an_update_is_restarted(tmp_path: Path) -> None:

@@ -102,6 +102,10 @@ class _Held:
         assert len(content) > 4096
 
 
+def spoil_the_weights(actor: Any) -> None:
+    next(actor._learner.learner.model.parameters()).data.fill_(float("nan"))
+
+
 def items(*groups: ScoredGroup) -> list[TrainItem]:
     def item(scored: ScoredGroup) -> TrainItem:
         reference = tuple(np.full(len(r.token_ids), -4.7, dtype=np.float32) for r in scored.rollouts)
@@ -163,6 +167,14 @@ async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_mode
 
         with pytest.raises(NonFiniteError, match="sums/7@0#"):
             await learner.step(items(group(6, seed=1), group(7, seed=2, behavior=float("nan"))))
+        (item,) = items(group(6, seed=1))
+        lies = (np.full(1, -4.7, dtype=np.float32),) * 4
+        with pytest.raises(LearnerError, match=r"sums/6@0#0: reference log-probs of shape \[1\] .* from the reference"):
+            await learner.step([replace(item, reference=ray.put(lies))])
+        for actor in learner.actors:
+            await actor.__ray_call__.remote(spoil_the_weights)
+        with pytest.raises(NonFiniteError, match="learner: its log-probs of the probe are not finite with version 1"):
+            await learner.publish()
         pid = await learner.actors[1].__ray_call__.remote(lambda actor: os.getpid())
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerDied) as caught:

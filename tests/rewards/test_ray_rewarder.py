@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
 
 from rlsys.config.models import RewardsConfig
-from rlsys.errors import RewardError, RewardSetupError, WorkerDied
+from rlsys.errors import BadRollout, RewardError, RewardSetupError, RolloutError, WorkerDied
 from rlsys.rewards.worker import default_search_path
+from rlsys.segments.strategies.plain import Plain
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +31,8 @@ async def start():
 
     started = []
 
-    async def start(config=SUMS):
-        started.append(await start_rewarder(f"rewards-{len(started)}", config))
+    async def start(config=SUMS, **options):
+        started.append(await start_rewarder(f"rewards-{len(started)}", config, **options))
         return started[-1]
 
     yield start
@@ -58,6 +61,24 @@ async def test_errors_keep_their_type(group, start, user_config):
     rewarder = await start(user_config("raises", on_failure="stop"))
     with pytest.raises(RewardError, match=r"^rewards.on_failure is stop, and scoring sums/0@0#0 failed"):
         await rewarder.score([[ray.put(group("a"))]], training=False)
+
+
+async def test_a_group_that_cannot_be_right_is_refused_in_the_name_of_its_generator(group, start):
+    good = group("45", "46", answer="45", row=4)
+    broken = replace(good.rollouts[1], behavior_logprobs=np.array([-1, np.nan], np.float32))
+    bad = replace(good, rollouts=(good.rollouts[0], broken))
+    where = r"generator-0, as rewards-. received it: prompt sums/4@0, sample 1: the log-prob of response token 1 is nan"
+    rewarder = await start(strategy=Plain())
+    for rounds in ([[ray.put(bad)]], [[ray.put(good)], [ray.put(good), ray.put(bad)]]):
+        with pytest.raises(BadRollout, match=f"^{where}") as caught:
+            await rewarder.score(rounds, training=True)
+        assert (caught.value.kind, caught.value.generator) == ("log-probs", "generator-0")
+        with pytest.raises(BadRollout, match=f"^{where}"):
+            await rewarder.branch(rounds)
+    assert (await rewarder.score([[ray.put(good)]], training=True)).info.scores == (1.0, 0.0)
+    rewarder = await start(on_refused="stop")
+    with pytest.raises(RolloutError, match=where):
+        await rewarder.score([[ray.put(bad)]], training=True)
 
 
 async def test_functions_are_found_from_the_drivers_directory(group, start, tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import pickle
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rlsys.config.models import RewardsConfig
 from rlsys.errors import ConfigError, RewardSetupError
@@ -52,6 +54,13 @@ def test_every_kind_of_the_config_is_there():
 def test_bad_configuration_is_refused_without_a_process(function, error, message):
     with pytest.raises(error, match=message):
         build_functions(config(**function))
+
+
+@pytest.mark.parametrize("bad", [[1, 0], [0], [0, math.inf], ["0", "x"]])
+def test_a_range_is_two_numbers_in_order(bad):
+    assert config(kind="sums", range=[0, 0]).functions[0].range == (0, 0)
+    with pytest.raises(ValidationError, match="range"):
+        config(kind="sums", range=bad)
 
 
 def test_two_functions_of_one_name_are_refused():

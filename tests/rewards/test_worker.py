@@ -141,6 +141,42 @@ async def test_what_a_function_raises_or_returns_instead_of_a_number_is_recorded
     assert "user_functions.py:" in details["raises"]
 
 
+def ranged(config, low, high, **settings):
+    (function,) = config.functions
+    return config.model_copy(update={"functions": (function.model_copy(update={"range": (low, high)}),), **settings})
+
+
+async def test_a_score_outside_of_its_declared_range_is_none(group, start_worker, user_config):
+    worker = await start_worker(ranged(user_config("as_number"), -0.5, 0.9))
+    # 0.9 + 1e-12 is 0.9 in float32, which scores travel as
+    scored = await worker.score(group("0.5", "0.9", "0.91", "-0.5", "-7", "0.900000000001"))
+    assert [r.status for r in scored.rewards] == ["ok", "ok", "error", "ok", "error", "ok"]
+    np.testing.assert_array_equal(scored.scores, np.array([0.5, 0.9, np.nan, -0.5, np.nan, 0.9], np.float32))
+    assert scored.rewards[2].detail == "as_number: returned 0.91, outside of its range [-0.5, 0.9]"
+    assert scored.rewards[2].components == {}
+    assert scored.rewards[0].components == {"as_number": 0.5, "as_number/half": 0.25}
+    worker = await start_worker(ranged(user_config("as_number"), 0.0, 1.0, on_failure="stop"))
+    with pytest.raises(
+        RewardError, match=r"sums/0@0#1 failed \(error\): as_number: returned 1.5, outside of its range"
+    ):
+        await worker.score(group("1", "1.5"))
+
+
+async def test_what_float32_cannot_hold_is_no_score(group, start_worker, user_config):
+    worker = await start_worker(user_config("as_number"))
+    scored = await worker.score(group("3e38", "1e39"))
+    assert [r.status for r in scored.rewards] == ["ok", "error"]
+    assert scored.rewards[1].detail.startswith("as_number: ValueError: returned 1e+39 as 'score', which float32 cannot")
+    config = user_config("as_number", "length")
+    heavy = tuple(function.model_copy(update={"weight": 3.0}) for function in config.functions)
+    worker = await start_worker(config.model_copy(update={"functions": heavy}))
+    (reward,) = (await worker.score(group("3e38"))).rewards
+    assert (reward.status, reward.detail) == (
+        "error",
+        "the weighted sum of the functions is 9e+38, which float32 cannot hold",
+    )
+
+
 async def test_on_failure_stop_raises(group, start_worker, user_config):
     worker = await start_worker(user_config("raises", on_failure="stop"))
     with pytest.raises(RewardError, match=r"sums/0@0#0 failed \(error\): raises: ValueError: no such thing"):

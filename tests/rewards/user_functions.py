@@ -49,6 +49,10 @@ class Callable:
 callable_object = Callable()
 
 
+def as_number(response):
+    return {"score": float(response), "half": float(response) / 2}
+
+
 def hang_on_x(response):
     while response == "x":
         pass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from rlsys.errors import ConfigError, DataError, EngineError, WeightUpdateError, WorkerDied
+from rlsys.boundary import check_sampled
+from rlsys.errors import ConfigError, DataError, EngineError, ModelMismatchError, WeightUpdateError, WorkerDied
 from rlsys.roles import Probe, PublishedWeights, Sampling
 from rlsys.rollouts.engine import VllmGenerator
 from rlsys.rollouts.settings import engine_args
@@ -48,7 +50,8 @@ class Setting:
 
     async def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         groups = list(await asyncio.gather(*await self.generator.generate(prompts, sampling)))
-        for group in groups:
+        for prompt, group in zip(prompts, groups, strict=True):
+            check_sampled(group, prompt, sampling, self.generator.vocabulary)
             assert [rollout.sample for rollout in group.rollouts] == list(range(sampling.n))
             for rollout in group.rollouts:
                 check_spans(rollout.version_spans, len(rollout.token_ids))
@@ -122,6 +125,31 @@ async def test_nothing_of_a_call_is_sampled_before_all_of_it_is_submitted(
         groups = await engine.sample(make_prompts(4), SHORT)
     assert len(groups) == len(sampled) == 4
     assert len(set(sampled)) == 1
+
+
+async def test_the_first_weights_that_fail_the_probe_tell_of_two_implementations(
+    engine: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = engine.trainer.publish()
+    logprobs = list(weights.probe.logprobs)
+    logprobs[20] -= 0.021
+    wrong = replace(weights, probe=replace(weights.probe, logprobs=tuple(logprobs)))
+    ended: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.generator, "_end", ended.append)  # the tests below need the engine
+        with pytest.raises(ModelMismatchError) as caught:
+            await engine.generator.update(wrong)
+    said = str(caught.value)
+    assert ended == [said]
+    assert said.startswith(f"generator-0: version {weights.version} arrived as it was sent (xxh3_64:")
+    figures = re.search(
+        r"by up to (\S+) \((\S+) on average; .* most at token 21 of 32, id 24: (\S+) at .*, (\S+) here", said
+    )
+    assert figures is not None
+    wanted = [0.021, 0.021 / 31, logprobs[20], weights.probe.logprobs[20]]
+    assert [float(figure) for figure in figures.groups()] == pytest.approx(wanted, abs=TOLERANCE)
+    assert "Qwen3ForCausalLM" in said
+    await engine.generator.update(weights)
 
 
 async def test_logprobs_are_those_of_transformers_at_start_and_after_every_update(
@@ -483,7 +511,7 @@ async def test_weights_that_fail_the_probe_end_the_engine(
     weights = keeping.trainer.publish()
     wrong = replace(weights, probe=replace(weights.probe, logprobs=tuple(x + 0.01 for x in weights.probe.logprobs)))
     (running,) = await keeping.generator.generate(make_prompts(1), LONG)
-    with pytest.raises(WeightUpdateError, match=r"generator-0: .*differ from the learner's by 1.00e-02"):
+    with pytest.raises(WeightUpdateError, match=r"generator-0: .*differ from the learner's by up to 1.00e-02"):
         await keeping.generator.update(wrong)
     with pytest.raises(WorkerDied, match=r"generator-0 died"):
         await running

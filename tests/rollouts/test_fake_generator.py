@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlsys.config.models import Config
-from rlsys.errors import EngineError, WeightUpdateError, WorkerDied
+from rlsys.errors import EngineError, ModelMismatchError, WeightUpdateError, WorkerDied
 from rlsys.roles import Probe, PublishedWeights, Sampling
 from rlsys.rollouts.fake import END, TENSOR, VOCABULARY, FakeGenerator
 from rlsys.types import Prompt, RolloutGroup
@@ -105,6 +105,14 @@ async def test_what_is_not_as_it_should_be_is_refused() -> None:
             await generator.update(weights)
     assert generator.version == 2
     await generator.update(good)
+
+
+async def test_a_probe_that_fails_at_once_tells_of_two_implementations() -> None:
+    generator = await started()
+    good = published(1, np.ones(VOCABULARY))
+    with pytest.raises(ModelMismatchError, match="a unigram"):
+        await generator.update(PublishedWeights(1, good.manifest, good.payload, Probe((0, 5), (-1.0,))))
+    assert generator.version == 0
 
 
 async def test_before_the_start_and_after_the_end_there_is_no_answer() -> None:

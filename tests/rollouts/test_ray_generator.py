@@ -6,16 +6,18 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
 import torch
 
 from rlsys.actors.generator import RayGenerator, start_generator
-from rlsys.errors import EngineError, WeightUpdateError, WorkerDied
+from rlsys.errors import BadRollout, EngineError, ModelMismatchError, RolloutError, WeightUpdateError, WorkerDied
 from rlsys.roles import Probe, PublishedWeights, Sampling
 from rlsys.rollouts.fake import TENSOR, VOCABULARY, FakeGenerator
 from rlsys.types import Prompt, RolloutGroup, group_info
@@ -103,6 +105,42 @@ async def test_finished_groups_outlive_their_generator(make_config: Any, make_pr
         with pytest.raises(WorkerDied, match="generator-1 died"):
             await call
     await generator.close()
+
+
+async def test_what_an_engine_cannot_have_sampled_is_refused_and_the_rest_goes_on(
+    make_config: Any, make_prompts: Any
+) -> None:
+    class Liar(FakeGenerator):
+        """Its log-probs of one prompt are those of an odd kernel; another it answers with too few samples."""
+
+        async def _sample_group(self, prompt: Prompt, sampling: Sampling) -> RolloutGroup:
+            group = await super()._sample_group(prompt, sampling)
+            first, *rest = group.rollouts
+            if prompt.id == "p/1":
+                first = replace(first, behavior_logprobs=first.behavior_logprobs * np.float32("nan"))
+            return replace(group, rollouts=(first, *rest) if prompt.id != "p/2" else (first,))
+
+    sampling = Sampling(n=3, max_new_tokens=20)
+    for on_refused, wanted in (("retry", BadRollout), ("stop", RolloutError)):
+        config = make_config(NOWHERE, rollout={"on_refused": on_refused})
+        generator = await start_generator("generator-6", config, NOWHERE, factory=Liar)
+        answers = await generator.generate(make_prompts(3), sampling)
+        assert (await answers[0]).info.prompt_id == "p/0"
+        with pytest.raises(wanted, match=r"generator-6: prompt p/1, sample 0: the log-prob of .* nan") as logprobs:
+            await answers[1]
+        with pytest.raises(wanted, match="generator-6: prompt p/2, sample 1: it is missing, 3 were") as count:
+            await answers[2]
+        assert [e.value.kind for e in (logprobs, count)] == ["log-probs", "count"]
+        (again,) = await generator.generate(make_prompts(1), sampling)
+        assert len((await (await again).payload).rollouts) == 3
+        await generator.close()
+
+
+async def test_two_implementations_that_differ_are_told_of_through_ray(fake: RayGenerator) -> None:
+    weights = published(1)
+    with pytest.raises(ModelMismatchError, match="generator-0: version 1 arrived as it was sent") as caught:
+        await fake.update(replace(weights, probe=Probe((0, 5), (-9.0,))))
+    assert caught.value.kind == "probe"
 
 
 async def test_a_cancelled_awaitable_ends_the_sampling(make_config: Any, make_prompts: Any) -> None:
