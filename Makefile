@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` start from nothing; everything they need goes into .venv.
-.PHONY: quickstart setup test test-fast check bench lock clean
+.PHONY: quickstart setup test test-fast check bench chaos chaos-real lock clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -27,6 +27,13 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# Seeded faults on simulated roles, and real signals to the processes of the quickstart.
+chaos: setup
+	$(BIN)/python -m rlsys.sim.chaos --schedules 500
+
+chaos-real: setup
+	$(BIN)/python -m benchmarks.chaos_real
 
 # Resolve the dependencies anew (after a change of pyproject.toml).
 lock: setup
