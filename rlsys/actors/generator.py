@@ -185,6 +185,7 @@ async def start_generator(
         max_restarts=0,  # one that died is replaced by the driver, which knows what it was doing
         max_task_retries=0,
         max_concurrency=MAX_CALLS,
+        scheduling_strategy="SPREAD",  # over the nodes: the loss of one is then the loss of few
     ).remote(factory, name, config, Path(model_path), version)
     process = Process(name, actor)
     async with starting(process):

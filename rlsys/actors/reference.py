@@ -108,6 +108,7 @@ async def start_reference(config: Config, model_path: Path) -> RayReference:
         num_gpus=1 if config.profile == "gpu" else 0,
         max_restarts=0,
         max_task_retries=0,
+        scheduling_strategy="SPREAD",
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # see rlsys.actors.learner
         concurrency_groups={SIGNS: 1},
     )(ReferenceActor)

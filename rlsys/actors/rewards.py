@@ -118,7 +118,7 @@ async def start_rewarder(
     planned by the number of workers. `on_refused` is that of `rollout`.
     """
     # A worker that died is replaced by the driver, which knows what it was doing.
-    remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(RewardActor)
+    remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(RewardActor)
     actor: ActorHandle[Any] = remote.remote(
         name, with_absolute_paths(config), default_search_path(), strategy, on_refused
     )
