@@ -126,8 +126,19 @@ async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_mode
 
         with pytest.raises(NonFiniteError, match="sums/7@0#"):
             await learner.step(items(group(6, seed=1), group(7, seed=2, behavior=float("nan"))))
-        pid = await learner.actors[1].__ray_call__.remote(lambda actor: os.getpid())
-        os.kill(pid, signal.SIGKILL)
+        completed = await learner.progress()
+        await learner.publish()
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        held = learner.actors[1].__ray_call__.remote(lambda actor: pipe.read_text())  # nobody writes: for ever
+        assert await learner.progress() == completed + 1
+        reports = await learner.inspect()
+        assert [report.worker for report in reports] == ["learner-0", "learner-1"]
+        os.kill(reports[1].pid, signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            await held
+        with pytest.raises(WorkerDied, match="learner-1"):
+            await learner.progress()
         with pytest.raises(WorkerDied) as caught:
             async with asyncio.timeout(60):
                 await learner.step(items(group(6, seed=1)))
