@@ -1,7 +1,9 @@
 """The processes of a role on this machine: which they are, what they are doing, how they end. Without Ray.
 
-A process that a role starts may outlive it, and then has another parent. So each role puts a mark of its own into its
-environment, which everything inherits that is started from there.
+A process that a role starts may outlive it, and then has another parent. It is still known by its process group or its
+session, which it has from the role (Ray gives each worker a group of its own), or, when it has a session of its own, by
+a mark: a variable of the environment, which every program inherits that is started from there (but not a mere fork,
+of which others see the environment that its parent was started with).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ LINES = 20  # of one file of output
 CHARACTERS = 4000  # of all output
 _RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes for its log monitor
 _TRACKER_S = 2.0
+_OWN_STACK_S = 2.0
 
 
 class Member(NamedTuple):
@@ -33,37 +36,50 @@ class Member(NamedTuple):
 
     @classmethod
     def this(cls) -> Member:
-        return cls._of(psutil.Process())
+        return cls.of(psutil.Process())
 
     @classmethod
-    def _of(cls, process: psutil.Process) -> Member:
+    def of(cls, process: psutil.Process) -> Member:
         return cls(process.pid, process.create_time())
 
     def process(self) -> psutil.Process | None:
-        """None when it has ended; what nobody has waited for yet (a zombie) has ended, too."""
+        """None when it has ended, whether or not somebody has waited for it since."""
         try:
             process = psutil.Process(self.pid)
-            alive = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            # Its first thread may be done while others are not.
+            done = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and process.num_threads() <= 1
+            alive = process.create_time() == self.started and not done
         except psutil.NoSuchProcess:
             return None
         return process if alive else None
 
 
-def family(root: Member | None, variable: str, mark: str) -> list[Member]:
-    """`root`, what descends from it, and every process that was started with `variable=mark` in its environment.
+def family(root: Member, variable: str, mark: str) -> list[Member]:
+    """`root`, what descends from it, and what did so before its parents ended: everything in the process group or the
+    session that `root` leads or led, or with `variable=mark` in the environment it was started with.
 
     `root` comes first; what has ended is left out.
     """
     found: dict[Member, None] = {}
     with suppress(psutil.NoSuchProcess):
-        if root is not None and (process := root.process()) is not None:
+        if (process := root.process()) is not None:
             found[root] = None
-            found |= dict.fromkeys(map(Member._of, process.children(recursive=True)))
+            found |= dict.fromkeys(map(Member.of, process.children(recursive=True)))
+    led = not _was_given_away(root)
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # gone meanwhile, or another user's
-            if process.environ().get(variable) == mark:
-                found[Member._of(process)] = None
+        with suppress(psutil.Error, ProcessLookupError):  # gone meanwhile, or another user's
+            group = led and root.pid in (os.getpgid(process.pid), os.getsid(process.pid))
+            if group or process.environ().get(variable) == mark:
+                found[Member.of(process)] = None
     return [member for member in found if member.process() is not None]
+
+
+def _was_given_away(root: Member) -> bool:
+    """Whether another process has the pid by now. That takes a group and a session which are empty as well."""
+    try:
+        return psutil.Process(root.pid).create_time() != root.started
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end(members: Sequence[Member], timeout_s: float) -> list[Member]:
@@ -159,6 +175,7 @@ def _by_itself(process: psutil.Process, deadline: float) -> str:
     begin = files[-1].stat().st_size
     os.kill(process.pid, signal.SIGUSR1)
     seen = begin
+    deadline = min(deadline, time.monotonic() + _OWN_STACK_S)
     while time.monotonic() < deadline:
         time.sleep(0.1)  # nothing tells of its end: it is whole when it has begun and no longer grows
         before, seen = seen, files[-1].stat().st_size

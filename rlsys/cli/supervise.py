@@ -21,6 +21,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import IO, NamedTuple
 
+import psutil
 import typer
 
 from rlsys.actors import family
@@ -147,6 +148,7 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=_dies_with(os.getpid()),
         )
+        root = family.Member.of(psutil.Process(child.pid))
         if self._interrupts:  # before there was anybody to pass it on to
             child.send_signal(signal.SIGINT)
         assert child.stderr is not None
@@ -155,7 +157,7 @@ class Supervisor:
         reader.start()
         code = child.wait()
         self._child = None
-        left = family.end(family.family(None, _MARK, self._mark), END_TIMEOUT_S)
+        left = family.end(family.family(root, _MARK, self._mark), END_TIMEOUT_S)
         if left:
             self._say(f"processes that the driver left behind cannot be killed: {', '.join(str(m.pid) for m in left)}")
         reader.join(END_TIMEOUT_S)  # its pipe is closed, now that all who could write into it are gone

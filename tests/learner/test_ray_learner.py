@@ -171,12 +171,23 @@ async def test_from_groups_to_weights_and_back_and_the_death_of_a_rank(tiny_mode
         lies = (np.full(1, -4.7, dtype=np.float32),) * 4
         with pytest.raises(LearnerError, match=r"sums/6@0#0: reference log-probs of shape \[1\] .* from the reference"):
             await learner.step([replace(item, reference=ray.put(lies))])
+        completed = await learner.progress()
+        await learner.publish()
         for actor in learner.actors:
             await actor.__ray_call__.remote(spoil_the_weights)
         with pytest.raises(NonFiniteError, match="learner: its log-probs of the probe are not finite with version 1"):
             await learner.publish()
-        pid = await learner.actors[1].__ray_call__.remote(lambda actor: os.getpid())
-        os.kill(pid, signal.SIGKILL)
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        held = learner.actors[1].__ray_call__.remote(lambda actor: pipe.read_text())  # nobody writes: for ever
+        assert await learner.progress() == completed + 1
+        reports = await learner.inspect()
+        assert [report.worker for report in reports] == ["learner-0", "learner-1"]
+        os.kill(reports[1].pid, signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            await held
+        with pytest.raises(WorkerDied, match="learner-1"):
+            await learner.progress()
         with pytest.raises(WorkerDied) as caught:
             async with asyncio.timeout(60):
                 await learner.step(items(group(6, seed=1)))

@@ -112,6 +112,13 @@ async def test_over_ray(tiny_model: Path, tmp_path: Path) -> None:
     handle = await reference.logprobs(ray.put(scored))
     for array, wanted in zip(await handle, direct(tiny_model, scored), strict=True):
         np.testing.assert_allclose(array, wanted, atol=1e-5)
+    assert await reference.progress() == 1
+    [report] = await reference.inspect()
+    assert report.worker == "reference"
+    assert "ray::ReferenceActor" in report.stacks
     ray.kill(reference.actor)
     with pytest.raises(WorkerDied, match="reference"):
         await reference.logprobs(ray.put(scored))
+    with pytest.raises(WorkerDied, match="reference"):
+        await reference.progress()
+    await reference.close()

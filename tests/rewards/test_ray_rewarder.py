@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -105,12 +107,31 @@ async def test_a_dead_worker_is_named_and_leaves_no_process(group, start, user_c
     assert wait_until_gone(child, 20)
 
 
-async def test_closing_leaves_no_process(group, start, wait_until_gone, tmp_path):
+@pytest.mark.parametrize("stopped", ["nothing", "the worker", "the child"])
+async def test_closing_leaves_no_process(group, start, wait_until_gone, tmp_path, stopped):
     file = tmp_path / "tells.py"
     file.write_text("import os\ndef score(): return os.getpid()")
     functions = [{"name": "mine", "kind": "python", "path": f"{file}:score"}]
     rewarder = await start(RewardsConfig.model_validate({"functions": functions}))
     child = int((await rewarder.score([[ray.put(group("a"))]], training=False)).info.scores[0])
+    [report] = await rewarder.inspect()
+    assert f"process {child}" in report.stacks
+    if stopped != "nothing":
+        os.kill(report.pid if stopped == "the worker" else child, signal.SIGSTOP)
     await rewarder.close()
     assert wait_until_gone(child, 20)
+    assert wait_until_gone(report.pid, 20)
     await rewarder.close()  # closing twice does no harm
+
+
+async def test_a_child_that_dies_at_its_start_has_its_last_words_told(start, tmp_path):
+    file = tmp_path / "fails.py"
+    file.write_text("import os\nprint('no licence for this library', flush=True)\nos._exit(9)")
+    functions = [{"name": "mine", "kind": "python", "path": f"{file}:score"}]
+    with pytest.raises(RewardSetupError) as caught:
+        await start(RewardsConfig.model_validate({"functions": functions}))
+    assert str(caught.value).splitlines() == [
+        "rewards.functions: the process died while importing them (exit code 9)",
+        "rewards-0's last output:",
+        "  no licence for this library",
+    ]

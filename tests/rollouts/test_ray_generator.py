@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +221,54 @@ async def test_vllm_in_an_actor_takes_weights_and_leaves_nothing_behind_when_kil
         await running
     _, alive = psutil.wait_procs([actor, *children], timeout=20)
     assert alive == []
+
+
+def until_stopped(process: psutil.Process) -> None:
+    """A signal takes its time. Nothing tells of it to whoever is not the parent."""
+    deadline = time.monotonic() + 30
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+
+
+async def test_a_stopped_engine_is_named_and_ended(tiny_model: Path, make_config: Any) -> None:
+    generator = await start_generator("generator-5", make_config(tiny_model), tiny_model)
+    [report] = await generator.inspect()
+    actor = psutil.Process(report.pid)
+    family = [actor, *actor.children(recursive=True)]
+    [engine] = [process for process in family if process.cmdline()[0] == "VLLM::EngineCore"]
+    engine.suspend()
+    until_stopped(engine)
+    [report] = await generator.inspect()
+    assert f"ray::GeneratorActor (process {actor.pid}, sleeping)" in report.stacks
+    assert f"VLLM::EngineCore (process {engine.pid}, stopped)" in report.stacks
+    assert "run_busy_loop" in report.stacks
+    actor.suspend()
+    await generator.close()
+    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+async def test_an_engine_that_dies_while_it_starts_has_its_last_words_told(
+    tiny_model: Path, tmp_path: Path, make_config: Any
+) -> None:
+    """Heads of 16, for which vLLM has no attention on the CPU: its process says so, and dies at the first token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
+
+    config = Phi3Config(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(WorkerDied, match="generator-6 died: its vLLM engine process ended") as caught:
+        await start_generator("generator-6", make_config(tmp_path), tmp_path)
+    _, mark, said = str(caught.value).partition("\ngenerator-6's last output:\n")
+    assert mark
+    assert "head_dim=16" in said
