@@ -58,10 +58,24 @@ async def put(value: Any) -> Any:
     return ray.put(value)
 
 
+def absolute_folder(path: Path) -> Path:
+    """Where a folder is for everybody; the name of a model on the hub stays what it is."""
+    return path.absolute() if path.is_dir() else path
+
+
+def with_absolute_folders(config: Config) -> Config:
+    """The config with the reference's models where everybody finds them."""
+    models = {key: getattr(config.reference, key) for key in ("path", "average_with")}
+    found = {key: str(absolute_folder(Path(value))) for key, value in models.items() if value is not None}
+    return config.model_copy(update={"reference": config.reference.model_copy(update=found)})
+
+
 @asynccontextmanager
 async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncIterator[Roles]:
     """The means to start the roles of a run. Whatever was started is closed, and the private cluster ended, on the way
     out."""
+    # Actors on other nodes, and those of a cluster that was there before, have other working directories.
+    config, model_path = with_absolute_folders(config), absolute_folder(model_path)
     algorithm = Algorithm.from_config(config.algorithm)
     needs, strategy = algorithm.needs, bound_strategy(algorithm, config, model_path)
     start_cluster(config)

@@ -178,12 +178,12 @@ class RayLearner:
                 )
         await self._all([actor.snapshot.remote() for actor in self.actors])
         method: Any = self.actors[0].write
-        written = method.options(concurrency_group=SAVING).remote(_absolute(directory))
+        written = method.options(concurrency_group=SAVING).remote(directory)
         self._saving = asyncio.ensure_future(answer_or_death("learner-0", written))
         return asyncio.shield(self._saving)  # whoever gives up waiting does not end the writing
 
     async def load(self, directory: Path) -> int:
-        versions = await self._all([actor.load.remote(_absolute(directory)) for actor in self.actors])
+        versions = await self._all([actor.load.remote(directory) for actor in self.actors])
         return int(versions[0])
 
     async def progress(self) -> int:
@@ -221,11 +221,6 @@ class RayLearner:
         finally:
             for task in tasks:
                 task.cancel()
-
-
-def _absolute(directory: Path) -> Path:
-    """A rank may have another working directory."""
-    return directory.absolute()
 
 
 async def start_learner(config: Config, model_path: Path, connect: Connect = nccl.connect) -> RayLearner:

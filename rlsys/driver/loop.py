@@ -89,7 +89,10 @@ class Driver:
         self.ledger = ledger
         self.tracker = tracker
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep.keep_last, keep.keep_best, keep.keep_every)
+        # Learner and reference write there, and may have another working directory.
+        self.checkpoints = Checkpoints(
+            run_dir.absolute() / "checkpoints", keep.keep_last, keep.keep_best, keep.keep_every
+        )
         self.recorder = Recorder(tracker)
         self.bell = Bell(options.patience(config), self._state)
         sampling = options.training_sampling(config, with_greedy, with_expert)
