@@ -103,6 +103,16 @@ class Checkpoints:
             logger.warning("passing over the checkpoint %s: %s", path, problem)
         return None
 
+    def versions(self) -> list[int]:
+        """Those that have a checkpoint, rising; `check` says whether it is valid."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self._paths())
+
+    def check(self, version: int) -> tuple[str, Checkpoint | None]:
+        """The checkpoint of a version, or what is wrong with it."""
+        path = self.directory / f"step-{version:06d}"
+        problem, manifest = _verify(path)
+        return problem, None if manifest is None else Checkpoint(path, manifest)
+
     def _aside(self, version: int) -> Path:
         return self.directory / f".step-{version:06d}.tmp"
 
