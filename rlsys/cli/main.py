@@ -121,6 +121,21 @@ def export(
     run(run_dir, target, step, best)
 
 
+@app.command(help="Take a step of a run once more, from its rollouts, and compare its figures with the logged ones.")
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    step: Annotated[int, typer.Option("--step", metavar="N", min=1, help="Which step.", show_default=False)],
+    ranks: Annotated[
+        int | None,
+        typer.Option(metavar="R", min=1, help="Learner ranks, all on this machine; without it: as in the run."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write its batch there, as Parquet.")] = None,
+) -> None:
+    from rlsys.cli.replay import replay as run
+
+    run(run_dir, step, ranks, save)
+
+
 def _checked_path(config: Path) -> Path:
     if str(config).startswith("-"):
         raise ConfigError(f"CONFIG comes first, before {config}: rlsys COMMAND CONFIG [--dotted.key value ...]")

@@ -103,6 +103,13 @@ _BUFFER = """UPDATE prompts
 _TRAIN = "UPDATE prompts SET state = 'trained', step = ?, settled = ?, ended_at = ? WHERE id = ?"
 _DROP = "UPDATE prompts SET state = 'dropped', reason = ?, settled = ?, ended_at = ? WHERE id = ?"
 _PEND = "UPDATE prompts SET state = 'pending', step = NULL, reason = NULL, settled = NULL, ended_at = NULL WHERE id = ?"
+# The prompts (id, reason) of the batch of a step, in its order; the second is for a step that was skipped.
+CONSUMED = (
+    "SELECT id, reason FROM prompts WHERE state = 'trained' AND step = ? ORDER BY settled",
+    """SELECT prompts.id, reason FROM prompts JOIN events ON events.position = prompts.settled
+       WHERE prompts.state = 'dropped' AND prompts.reason LIKE 'step skipped:%'
+             AND json_extract(events.detail, '$.version') = ? ORDER BY prompts.settled""",
+)
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
@@ -289,14 +296,8 @@ class Ledger:
 
     def consumed(self, step: int) -> list[str]:
         """The prompts of the batch that made version `step`, in its order; a step that was skipped has its own, too."""
-        rows = self._read("SELECT id FROM prompts WHERE state = 'trained' AND step = ? ORDER BY settled", step)
-        rows = rows or self._read(
-            """SELECT prompts.id FROM prompts JOIN events ON events.position = prompts.settled
-               WHERE prompts.state = 'dropped' AND prompts.reason LIKE 'step skipped:%'
-                     AND json_extract(events.detail, '$.version') = ? ORDER BY prompts.settled""",
-            step,
-        )
-        return [prompt_id for (prompt_id,) in rows]
+        rows = next((rows for query in CONSUMED if (rows := self._read(query, step))), [])
+        return [prompt_id for prompt_id, _ in rows]
 
     def next_index(self) -> int:
         """The index after the highest one that was ever drawn."""

@@ -18,8 +18,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -60,6 +61,13 @@ class _Pending:
     fate: str | None = None
     step: int = -1
     reference: Sequence[Any] | None = None  # float32 [T] of each rollout
+
+
+class Settled(NamedTuple):
+    """A group of a final file, with the reference log-probs of its rollouts, float32 [T] each, where it has them."""
+
+    group: ScoredGroup
+    reference: Sequence[np.ndarray] | None
 
 
 class RolloutStore:
@@ -115,28 +123,19 @@ class RolloutStore:
             pending.fate, pending.step = fate, step
         if fate == "trained":
             self._step = step
-            final = await self._close_file(self.directory / f"step-{step:06d}.parquet")
+            final = await self._close_file(step_file(self.directory, step))
             self._last = (step, final)
 
     async def load(self, prompt_ids: Sequence[str], step: int) -> list[TrainItem]:
-        """Groups settled at a step, in the given order, with handles of their own.
-
-        They are in the file of that step; those of a skipped step in the next one, or in none yet. Raises DataError
-        when one of them is not there any more, or cannot be read.
-        """
-        tables = {i: self._pending[i] for i in prompt_ids if i in self._pending}
-        found = {i: (pending.table, pending.reference) for i, pending in tables.items()}
-        for path in self._final_files(step):
-            if found.keys() >= set(prompt_ids):
-                break
-            read = await self._run(_read_groups, path, FATE_SCHEMA)
-            found |= {i: (table, reference_of(table)) for i, table in read.items() if i in prompt_ids}
-        if missing := [i for i in prompt_ids if i not in found]:
-            raise DataError(f"rollout store {self.directory}: {missing[0]} of step {step} is not there any more")
+        """Groups settled at a step, in the given order, with handles of their own. Raises what `read_settled` does."""
+        waiting = {i: self._pending[i] for i in prompt_ids if i in self._pending}  # of a step that was skipped
+        written = [i for i in prompt_ids if i not in waiting]
+        found = dict(zip(written, await self._run(read_settled, self.directory, written, step), strict=True))
+        for prompt_id, pending in waiting.items():
+            found[prompt_id] = Settled(await self._run(decode, pending.table), pending.reference)
         items = []
         for prompt_id in prompt_ids:
-            table, reference = found[prompt_id]
-            scored = await self._run(decode, table.select(SCHEMA.names))
+            scored, reference = found[prompt_id]
             handles = await self._put(scored), None if reference is None else await self._put(reference)
             items.append(TrainItem(group_info(scored.group, scored.rewards), *handles))
         return items
@@ -216,12 +215,6 @@ class RolloutStore:
         """Oldest first."""
         return sorted(self._pending_dir.glob("*.parquet"))
 
-    def _final_files(self, step: int) -> list[Path]:
-        """Those that may hold groups settled at a step: its own first, then the later ones."""
-        own = self.directory / f"step-{step:06d}.parquet"
-        later = sorted(p for p in self.directory.glob("*.parquet") if _is_after(p, step) or p.name.startswith("after"))
-        return [own, *later] if own.is_file() else later
-
     async def _close_file(self, path: Path) -> pa.Table | None:
         """Move every group whose fate is known into `path`; returns its rows."""
         done = [self._pending.pop(prompt_id) for prompt_id, p in list(self._pending.items()) if p.fate is not None]
@@ -236,6 +229,36 @@ class RolloutStore:
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+def step_file(directory: Path, step: int) -> Path:
+    """Where the groups trained at a step end up."""
+    return directory / f"step-{step:06d}.parquet"
+
+
+def read_settled(directory: Path, prompt_ids: Sequence[str], step: int) -> list[Settled]:
+    """Groups settled at a step, in the given order, from the final files in the `directory` of a store.
+
+    They are in the file of that step; those of a skipped step in the next one, or in none yet. Raises DataError when
+    one of them is in no file, or a file cannot be read.
+    """
+    found: dict[str, pa.Table] = {}
+    for path in _final_files(directory, step):
+        if found.keys() >= set(prompt_ids):
+            break
+        found |= {i: table for i, table in _read_groups(path, FATE_SCHEMA).items() if i in prompt_ids}
+    if missing := [i for i in prompt_ids if i not in found]:
+        raise DataError(f"rollout store {directory}: {missing[0]} of step {step} is in no file there")
+    tables = [found[prompt_id] for prompt_id in prompt_ids]
+    return [Settled(decode(table.select(SCHEMA.names)), reference_of(table)) for table in tables]
+
+
+def _final_files(directory: Path, step: int) -> list[Path]:
+    """Those that may hold groups settled at a step: its own, or the later ones, of which the first is the likeliest."""
+    own = step_file(directory, step)
+    if own.is_file():
+        return [own]
+    return sorted(p for p in directory.glob("*.parquet") if _is_after(p, step) or p.name.startswith("after"))
 
 
 def _is_after(path: Path, version: int) -> bool:

@@ -1,10 +1,10 @@
-"""Reading a run back, while it runs or afterwards: what `rlsys inspect` shows."""
+"""Reading a run back, while it runs or afterwards: what `rlsys inspect` shows and `rlsys replay` repeats."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from rlsys.errors import DataError, RunDirError
 from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, read_rows
-from rlsys.ledger.ledger import count_fates, ledger_error
+from rlsys.ledger.ledger import CONSUMED, count_fates, ledger_error
 
 LEDGER_FILE = "ledger.sqlite"
 ROLLOUTS_DIR = "rollouts"
@@ -63,6 +63,14 @@ class RunStory:
     prompts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Consumed:
+    """The prompts of a step's batch, in its order, and why the step was skipped, if it was."""
+
+    prompt_ids: list[str]
+    skipped: str | None
+
+
 @contextmanager
 def _open(run_dir: Path) -> Iterator[sqlite3.Connection]:
     path = run_dir / LEDGER_FILE
@@ -109,6 +117,20 @@ def read_run(run_dir: Path) -> RunStory:
             first_prompts=[row["id"] for row in db.execute("SELECT id FROM prompts ORDER BY idx LIMIT 5")],
             prompts=sum(count for _, _, count in counts),
         )
+
+
+def read_consumed(run_dir: Path, steps: Iterable[int]) -> dict[int, Consumed]:
+    """The batch of each of the steps. Raises RunDirError when it is no run directory, DataError for an unknown step."""
+    found: dict[int, Consumed] = {}
+    with _open(run_dir) as db:
+        for step in steps:
+            rows = next((rows for query in CONSUMED if (rows := db.execute(query, (step,)).fetchall())), [])
+            if not rows:
+                raise DataError(f"{run_dir / LEDGER_FILE} has no batch of step {step}")
+            reason = rows[0]["reason"]
+            skipped = None if reason is None else reason.partition(": ")[2]
+            found[step] = Consumed([row["id"] for row in rows], skipped)
+    return found
 
 
 def read_story(run_dir: Path, prompt_id: str) -> PromptStory:

@@ -78,6 +78,8 @@ def test_algorithms_lists_every_preset_and_explains_one(rlsys: Callable) -> None
         (["plan", str(ROOT / "configs" / "quickstart.yaml"), "--driver.max_stalenes=1"], 2),
         (["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rollout.max_new_tokens=64"], 2),
         (["inspect", "nowhere"], 2),
+        (["replay", "--help"], 0),
+        (["replay", "nowhere", "--step", "3"], 2),
     ],
 )
 def test_quick_answers_import_no_engine(arguments: list[str], code: int) -> None:

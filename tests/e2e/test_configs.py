@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
@@ -19,11 +22,17 @@ from .conftest import CONFIGS, REPO, RUN_TIMEOUT_S, SMALL, Rlsys, metrics, summa
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_quickstart_asynchronous_with_updates_in_flight(rlsys: Rlsys, workplace: Path) -> None:
-    done = rlsys("train", str(CONFIGS / "quickstart.yaml"), *SMALL, "--run.steps", "6", "--eval.every", "3")
+@pytest.fixture(scope="module")
+def quickstart(rlsys: Rlsys, workplace: Path) -> Path:
+    """Its run directory, after 6 steps."""
+    arguments = ("--run.steps", "6", "--eval.every", "3", "--checkpoint.every", "2")
+    done = rlsys("train", str(CONFIGS / "quickstart.yaml"), *SMALL, *arguments)
     assert done.returncode == 0, done.stdout
-    run = workplace / "runs" / "quickstart"
+    return workplace / "runs" / "quickstart"
 
+
+def test_quickstart_asynchronous_with_updates_in_flight(quickstart: Path, rlsys: Rlsys) -> None:
+    run = quickstart
     result = summary(run)
     assert result["steps"] == 6
     assert result["fates"]["trained"] == 6 * 8
@@ -57,6 +66,55 @@ def test_quickstart_asynchronous_with_updates_in_flight(rlsys: Rlsys, workplace:
     again = rlsys("inspect", str(run))
     assert again.returncode == 0
     assert "48" in again.stdout
+
+
+def test_a_step_of_the_quickstart_is_replayed_to_the_bit(quickstart: Path, rlsys: Rlsys, workplace: Path) -> None:
+    before = {path: path.read_bytes() for path in quickstart.rglob("*") if path.is_file()}
+    done = rlsys("replay", str(quickstart), "--step", "5", "--save", "batch.parquet")
+    assert done.returncode == 0, done.stdout
+    assert "from the checkpoint of step 4" in done.stdout
+    assert re.search(r"step 5: (\d+) of \1 figures are equal to the bit", done.stdout)
+    for figure in ("advantages/mean", "learner/loss", "learner/grad_norm", "reference/kl_k3"):
+        assert figure in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+    rows = pq.read_table(workplace / "batch.parquet").to_pylist()
+    assert len(rows) == 8 * 4
+    [logged] = [line for line in metrics(quickstart) if line["step"] == 5]
+    advantages = [
+        a for row in rows if row["trained"] for a, t in zip(row["advantages"], row["trained"], strict=True) if t
+    ]
+    assert np.mean(advantages) == pytest.approx(logged["advantages/mean"], abs=1e-6)
+    own = [  # sampled by the weights that the learner had, so the log-probs are the same but for the implementation
+        abs(learner - sampler)
+        for row in rows
+        for learner, sampler, version in zip(row["logprobs"], row["behavior_logprobs"], row["versions"], strict=True)
+        if version == 4
+    ]
+    assert max(own, default=0.0) <= 1e-4
+
+
+def test_one_changed_bit_of_one_sampled_logprob_is_found(quickstart: Path, rlsys: Rlsys, workplace: Path) -> None:
+    """Without the checkpoint of step 4, so that step 3 is on the way."""
+    changed = shutil.copytree(quickstart, workplace / "changed")
+    shutil.rmtree(changed / "checkpoints")
+    path = changed / "rollouts" / "step-000003.parquet"
+    table = pq.read_table(path)
+    field = table.schema.field("behavior_logprobs")
+    column = table.column(field.name).to_pylist()
+    place = table.column("fate").to_pylist().index("trained")
+    logprobs = np.array(column[place], np.float32)
+    logprobs.view(np.uint8)[0] ^= 0x80  # of the bits that weigh least
+    column[place] = logprobs.tolist()
+    pq.write_table(
+        table.set_column(table.schema.get_field_index(field.name), field, pa.array(column, field.type)), path
+    )
+
+    done = rlsys("replay", str(changed), "--step", "5")
+    assert done.returncode == 1, done.stdout
+    assert "from the initial model, by way of steps 1 to 4" in done.stdout
+    assert re.search(r"step 5: \d+ of \d+ figures differ, most of all \w+/\w+: logged ", done.stdout)
+    assert "it is step 3 that differs first: " in done.stdout
 
 
 def test_synchronous_runs_are_bit_identical_also_when_stopped_and_resumed(
@@ -120,3 +178,8 @@ def test_gsm8k_with_a_reference_and_two_learner_ranks(rlsys: Rlsys, workplace: P
     result = summary(workplace / "runs" / "gsm8k_grpo_cpu")
     assert result["steps"] == 3
     assert result["fates"]["trained"] == 3 * 16
+
+    replayed = rlsys("replay", "runs/gsm8k_grpo_cpu", "--step", "3")
+    assert replayed.returncode == 0, replayed.stdout
+    assert "step 3 of runs/gsm8k_grpo_cpu, 2 ranks: " in replayed.stdout
+    assert "figures are equal to the bit" in replayed.stdout
