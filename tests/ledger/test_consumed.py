@@ -79,5 +79,5 @@ def test_what_is_not_there_is_named(run: tuple[Simulation, Path], tmp_path: Path
     with pytest.raises(DataError, match="sim/0 of step 6 is in no file there"):  # it was trained before
         read_settled(path / "rollouts", ["sim/0"], STEPS)
     step_file(tmp_path, 2).write_bytes(b"half a fi")
-    with pytest.raises(DataError, match=r"step-000002\.parquet cannot be read"):
+    with pytest.raises(DataError, match=r"step-000002\.parquet is damaged"):
         read_settled(tmp_path, ["sim/0"], 2)
