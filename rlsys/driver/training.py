@@ -89,8 +89,13 @@ class Training:
         """Train on a batch; what it says, and the fate that the books have for these prompts now."""
         books = self._books
         started = self._recorder.now()
-        report = await self._ask(lambda learner: learner.step(items), f"take step {books.step + 1}")
-        self._check(report, books.step + 1)
+
+        async def take(learner: Learner) -> StepReport:
+            report = await learner.step(items)
+            self._check("made", report.version, books.step + 1)
+            return report
+
+        report = await self._ask(take, f"take step {books.step + 1}")
         self.learner.worked()
         infos = [item.info for item in items]
         fate = books.settle(infos, report)
@@ -101,7 +106,13 @@ class Training:
     async def publish(self) -> PublishedWeights:
         """The newest weights."""
         started = self._recorder.now()
-        weights = await self._ask(lambda learner: learner.publish(), f"publish version {self._books.step}")
+
+        async def publish(learner: Learner) -> PublishedWeights:
+            weights = await learner.publish()
+            self._check("published", weights.version, self._books.step)
+            return weights
+
+        weights = await self._ask(publish, f"publish version {self._books.step}")
         self._recorder.published(weights)
         self._recorder.event(f"publish {weights.version}", started, self._recorder.now(), "learner")
         return weights
@@ -114,7 +125,9 @@ class Training:
         if self.moving is None or not self._due(weights.version):
             return
         started = self._recorder.now()
-        await self.moving.call(lambda reference: reference.update(weights), f"take version {weights.version}")
+        await self.moving.call(
+            lambda reference: reference.update(weights), f"take version {weights.version}", essential=True
+        )
         self._taken = weights.version
         self._recorder.reference(weights.version)
         self._recorder.event(f"update to {weights.version}", started, self._recorder.now(), "reference")
@@ -145,11 +158,11 @@ class Training:
             drawing=books.drawing.state_dict(),
         )
 
-        async def copy(learner: Learner) -> Awaitable[None]:
+        async def copy(learner: Learner) -> tuple[Learner, Awaitable[None]]:
             directory = await asyncio.to_thread(self._checkpoints.begin, version)
-            return await learner.save(directory)
+            return learner, await learner.save(directory)
 
-        writing = await self._ask(copy, "save a checkpoint")
+        writer, writing = await self._ask(copy, "save a checkpoint")
         if self.moving is not None:
             place = self._checkpoints.place(version, REFERENCE)
 
@@ -157,24 +170,24 @@ class Training:
                 await asyncio.to_thread(place.mkdir, exist_ok=True)
                 await reference.save(place)
 
-            await self.moving.call(save, "save a checkpoint")
+            await self.moving.call(save, "save a checkpoint", essential=True)
         self._recorder.event(f"copy {version}", started, self._recorder.now(), "learner")
-        self._saving = self._run(self._commit(manifest, writing, started))
+        self._saving = self._run(self._commit(manifest, writer, writing, started))
 
     async def saving(self) -> None:
         """Return when no checkpoint is being written."""
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
-    async def _commit(self, manifest: Manifest, writing: Awaitable[None], started: float) -> None:
+    async def _commit(self, manifest: Manifest, writer: Learner, writing: Awaitable[None], started: float) -> None:
         version, limit = manifest.version, self.config.learner.step_timeout_s
-        late = LearnerError(f"checkpoint {version} was not written within learner.step_timeout_s={limit:g} s")
+        late = WorkerStalled("learner", f"did not write checkpoint {version} within learner.step_timeout_s={limit:g} s")
         try:
             await within(limit, writing, late)
-        except WorkerDied as error:
-            # The one before still stands; what died is noticed, and brought back, by whoever asks it next.
+        except WorkerDied as error:  # the checkpoint before still stands
             logger.warning("checkpoint %d is given up: %s", version, error)
             self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
+            self.learner.lose(writer, error)
             return
         await self._books.ledger.flush()
         await asyncio.to_thread(self._checkpoints.commit, manifest)
@@ -234,7 +247,7 @@ class Training:
                 "the same command goes on from the newest checkpoint, with new samples"
             ) from error
         report = await self._in_time(learner.step(items), f"repeat step {version}")
-        self._check(report, version)
+        self._check("made", report.version, version)
 
     async def _lead(self, ask: Callable[[Reference], Awaitable[Any]]) -> None:
         """Have the follower do something; one that dies of it is left behind, and no fault of the learner."""
@@ -270,9 +283,10 @@ class Training:
 
     # ---- small things ----
 
-    def _check(self, report: StepReport, expected: int) -> None:
-        if report.version != expected:
-            raise LearnerError(f"the learner made version {report.version}, expected {expected}")
+    def _check(self, did: str, version: int, expected: int) -> None:
+        """A learner that is not where the run stands is given up, as a dead one is."""
+        if version != expected:
+            raise WorkerDied("learner", f"it {did} version {version}, expected {expected}")
 
     async def _ask(self, ask: Callable[[Learner], Awaitable[T]], what: str) -> T:
         return await self.learner.call(ask, what)

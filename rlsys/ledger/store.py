@@ -100,7 +100,8 @@ class RolloutStore:
     async def settled(
         self, prompt_ids: Sequence[str], fate: str, step: int, reference: Sequence[Handle | None] = ()
     ) -> None:
-        """Record the fate of buffered groups. "trained" closes the file of `step`; dropped ones wait for that."""
+        """Record the fate of buffered groups. A batch closes the file of `step`: it is trained, or has a `reference`
+        (of None each, where there is none) although its step was skipped. Others wait for that."""
         handles = [handle for handle in reference if handle is not None]
         arrays = await asyncio.gather(*map(self._fetch, handles))
         for prompt_id, found in zip(prompt_ids, arrays, strict=False):  # all of them have reference log-probs, or none
@@ -111,7 +112,7 @@ class RolloutStore:
                 raise RlsysError(f"rollout store {self.directory}: {prompt_id} is settled, but was never buffered")
             pending = self._pending[prompt_id]
             pending.fate, pending.step = fate, step
-        if fate == "trained":
+        if fate == "trained" or reference:
             self._step = step
             final = await self._close_file(self.directory / f"step-{step:06d}.parquet")
             self._last = (step, final)
@@ -119,8 +120,8 @@ class RolloutStore:
     async def load(self, prompt_ids: Sequence[str], step: int) -> list[TrainItem]:
         """Groups settled at a step, in the given order, with handles of their own.
 
-        They are in the file of that step; those of a skipped step in the next one, or in none yet. Raises DataError
-        when one of them is not there any more, or cannot be read.
+        They are in the file of that step, or not in a final file yet. Raises DataError when one of them is not there
+        any more, or cannot be read.
         """
         tables = {i: self._pending[i] for i in prompt_ids if i in self._pending}
         found = {i: (pending.table, pending.reference) for i, pending in tables.items()}
