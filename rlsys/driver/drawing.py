@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlsys.curricula import Choice, Curriculum, Rows, Seen
+from rlsys.curricula import Choice, Curriculum, Rows, Seen, runs
 from rlsys.driver.recovery import Plan
 from rlsys.roles import Branch, PromptReport, Sampling, StepReport
 from rlsys.segments import with_prefix
@@ -34,6 +34,7 @@ class Drawing:
         self._sampling = sampling
         self._redraw: deque[int] = deque()
         self._carried: list[tuple[int, Choice]] = []  # responses that are to go on, and the draw that began them
+        self._known: set[tuple[int, str]] = set()  # row and epoch of draws without a fate of an earlier process
         self._choices: dict[int, Choice] = {}  # of prompts without a fate
         self._seen: list[Seen] = []  # since the last step
         curriculum.bind(prompts, seed, sampling.n)
@@ -46,19 +47,22 @@ class Drawing:
         """Go on as a run was recovered; `memory` is what `state_dict` gave for the checkpoint."""
         self._redraw, self.next_index = deque(plan.redraw), plan.next_index
         self._choices = {index: _choice(choice) for index, choice in plan.choices.items()}
+        self._known = {(choice.row, choice.epoch) for choice in self._choices.values()}
         if memory:
             self.curriculum.load_state_dict(memory["curriculum"])
-            known = {(choice.row, choice.epoch) for choice in self._choices.values()}
             carried = [(index, _choice(plain)) for index, plain in memory["carried"]]
             # Not those that were drawn since, nor what is begun anew.
             self._carried = [
                 (index, choice)
                 for index, choice in carried
-                if (choice.row, choice.epoch) not in known and index not in plan.redraw
+                if (choice.row, choice.epoch) not in self._known and index not in plan.redraw
             ]
 
     def carry(self, index: int, branches: Sequence[Branch]) -> None:
-        """Have what draw `index` has begun go on in later draws, before new prompts."""
+        """Have what draw `index` has begun go on in later draws, before new prompts.
+
+        What goes on in a draw that an earlier process made is drawn again as it was, and not a second time.
+        """
         choice = self._choices[index]
         for branch in branches:
             prompt = branch.prompt
@@ -71,12 +75,19 @@ class Drawing:
                 prefix=tuple(prefix.tolist()),
                 max_new_tokens=branch.max_new_tokens,
             )
-            self._carried.append((index, goes_on))
+            if (goes_on.row, goes_on.epoch) not in self._known:
+                self._carried.append((index, goes_on))
         self._carried.sort(key=lambda entry: (entry[0], entry[1].epoch))  # not by who was ready first
 
     def candidates(self, count: int) -> dict[int, Prompt]:
-        """Rows that the next new draws may be of, as prompts for the critic to judge."""
-        rows = self.curriculum.candidates(range(self.next_index, self.next_index + count))
+        """Rows that the next draws may be of, as prompts for the critic to judge.
+
+        Also for those to be drawn again: what is drawn in place of a dropped one is chosen by the same values then as
+        in a run without an interruption.
+        """
+        again = list(self._redraw)[:count]
+        indices = [*again, *range(self.next_index, self.next_index + count - len(again))]
+        rows = dict.fromkeys(row for run in runs(indices) for row in self.curriculum.candidates(run))
         return {row: self._prompts.draw(i, row, "candidate") for i, row in enumerate(rows)}
 
     def draw(self, count: int, progress: Progress) -> list[Prompt]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from rlsys.driver.restarts import Restarts, W, bring_up, end, inspected
-from rlsys.driver.waiting import within
+from rlsys.driver.waiting import give_up, within
 from rlsys.driver.workers import Loss, Run, WorkerEvents, WorkerStatus, WorkFailed
 from rlsys.errors import RlsysError, WorkerDied, WorkerStalled
 
@@ -64,11 +64,11 @@ class Keeper(Generic[W]):
         """Return when it is there."""
         await self._ready.wait()
 
-    async def call(self, ask: Callable[[W], Awaitable[T]], what: str) -> T:
+    async def call(self, ask: Callable[[W], Awaitable[T]], what: str, essential: bool = False) -> T:
         """The answer, whatever becomes of the worker meanwhile. `what` it is asked to do completes a message.
 
-        Raises WorkFailed when this call was what the worker died of `attempts` times, and what the worker itself
-        raises. The run ends by itself when the worker cannot be restarted.
+        Raises WorkFailed when this call was what the worker died of `attempts` times, unless the run cannot do without
+        it (`essential`), and what the worker itself raises. The run ends by itself when the worker cannot be restarted.
         """
         key = object()
         self._asked[key] = what
@@ -89,8 +89,8 @@ class Keeper(Generic[W]):
                 except WorkerDied as error:
                     self.lose(worker, error)
                 finally:
-                    answer.cancel()
-                most = self.options.attempts
+                    give_up(answer)
+                most = None if essential else self.options.attempts
                 if most is not None and self._blamed[key] >= most:
                     raise WorkFailed(f"{self._blamed[key]} attempts, the last: {gone.result()}")
         finally:

@@ -97,10 +97,15 @@ class Training:
         """
         books = self._books
         step = books.step + 1
+
+        async def take(learner: Learner) -> StepReport:
+            report = await learner.step(items)
+            self._check("made", report.version, step)
+            return report
+
         async with self._turn:
             with self._recorder.span(f"step {step}", "learner"):
-                report = await self._ask(lambda learner: learner.step(items), f"take step {step}")
-            self._check(report, step)
+                report = await self._ask(take, f"take step {step}")
             fate = books.settle([item.info for item in items], report)
         self.learner.worked()
         self.position = books.ledger.position
@@ -110,8 +115,14 @@ class Training:
         """The newest weights. May be asked for at any time: between two steps they are those of the step before."""
         async with self._turn:
             version = self._books.step
+
+            async def publish(learner: Learner) -> PublishedWeights:
+                weights = await learner.publish()
+                self._check("published", weights.version, version)
+                return weights
+
             with self._recorder.span(f"publish {version}", "learner"):
-                weights = await self._ask(lambda learner: learner.publish(), f"publish version {version}")
+                weights = await self._ask(publish, f"publish version {version}")
         self._recorder.published(weights)
         return weights
 
@@ -133,7 +144,9 @@ class Training:
         self._recorder.reference(weights.version)
 
     async def _move(self, reference: Keeper[Reference], weights: PublishedWeights) -> None:
-        await reference.call(lambda reference: reference.update(weights), f"take version {weights.version}")
+        await reference.call(
+            lambda reference: reference.update(weights), f"take version {weights.version}", essential=True
+        )
 
     async def judge(self) -> None:
         """Ask the critic about the prompts that may come next, before the gate opens for them."""
@@ -160,9 +173,9 @@ class Training:
             drawing=books.drawing.state_dict(),
         )
 
-        async def copy(learner: Learner) -> Awaitable[None]:
+        async def copy(learner: Learner) -> tuple[Learner, Awaitable[None]]:
             directory = await asyncio.to_thread(self._checkpoints.begin, version)
-            return await learner.save(directory)
+            return learner, await learner.save(directory)
 
         async def save(reference: Reference) -> None:
             place = self._checkpoints.place(version, REFERENCE)
@@ -171,32 +184,32 @@ class Training:
 
         try:
             with self._recorder.span(f"copy {version}", "learner"):
-                writing = await self._ask(copy, "save a checkpoint")
+                writer, writing = await self._ask(copy, "save a checkpoint")
                 if self.moving is not None:
-                    await self.moving.call(save, "save a checkpoint")
+                    await self.moving.call(save, "save a checkpoint", essential=True)
         except BaseException:
             self._checkpoints.abandon(version)
             raise
-        self._saving = self._run(self._commit(manifest, writing))
+        self._saving = self._run(self._commit(manifest, writer, writing))
 
     async def saving(self) -> None:
         """Return when no checkpoint is being written."""
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
-    async def _commit(self, manifest: Manifest, writing: Awaitable[None]) -> None:
+    async def _commit(self, manifest: Manifest, writer: Learner, writing: Awaitable[None]) -> None:
         version, limit = manifest.version, self.config.learner.step_timeout_s
-        late = LearnerError(f"checkpoint {version} was not written within learner.step_timeout_s={limit:g} s")
+        late = WorkerStalled("learner", f"did not write checkpoint {version} within learner.step_timeout_s={limit:g} s")
         with self._recorder.span(f"checkpoint {version}", "checkpoints"):
             try:
                 await within(limit, writing, late)
                 await self._books.written()  # what it counts as trained is on disk, too
                 await self._books.ledger.flush()
-            except WorkerDied as error:
-                # The one before still stands; what died is noticed, and brought back, by whoever asks it next.
+            except WorkerDied as error:  # the checkpoint before still stands
                 self._checkpoints.abandon(version)
                 logger.warning("checkpoint %d is given up: %s", version, error)
                 self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
+                self.learner.lose(writer, error)
                 return
             except BaseException:
                 self._checkpoints.abandon(version)
@@ -256,7 +269,7 @@ class Training:
                 "the same command goes on from the newest checkpoint, with new samples"
             ) from error
         report = await self._in_time(learner.step(items), f"repeat step {version}")
-        self._check(report, version)
+        self._check("made", report.version, version)
 
     async def _lead(self, ask: Callable[[Reference], Awaitable[Any]]) -> None:
         """Have the follower do something; one that dies of it is left behind, and no fault of the learner."""
@@ -292,9 +305,10 @@ class Training:
 
     # ---- small things ----
 
-    def _check(self, report: StepReport, expected: int) -> None:
-        if report.version != expected:
-            raise LearnerError(f"the learner made version {report.version}, expected {expected}")
+    def _check(self, did: str, version: int, expected: int) -> None:
+        """A learner that is not where the run stands is given up, as a dead one is."""
+        if version != expected:
+            raise WorkerDied("learner", f"it {did} version {version}, expected {expected}")
 
     async def _ask(self, ask: Callable[[Learner], Awaitable[T]], what: str) -> T:
         return await self.learner.call(ask, what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlsys.errors import RlsysError
 
@@ -29,6 +29,12 @@ async def gathered(futures: Sequence[asyncio.Future[T]]) -> list[T]:
     finally:
         for future in futures:
             future.cancel()
+
+
+def give_up(future: asyncio.Future[Any]) -> None:
+    """Cancel it. If it fails all the same, that is nobody's concern any more."""
+    future.cancel()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 class Bell:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from rlsys.driver.leases import Leases
 from rlsys.driver.restarts import Restarts, W, bring_up, end, inspected
 from rlsys.driver.router import Router
-from rlsys.driver.waiting import within
+from rlsys.driver.waiting import give_up, within
 from rlsys.errors import EngineError, RlsysError, WorkerDied, WorkerStalled
 from rlsys.roles import ProcessReport
 
@@ -275,7 +275,7 @@ class WorkerPool(ABC, Generic[W, J, R]):
             for job, awaitable in zip(jobs, answers, strict=True):
                 answer = asyncio.ensure_future(awaitable)
                 if given_up:  # meanwhile; the work is elsewhere by now
-                    answer.cancel()
+                    give_up(answer)
                 else:
                     job.task = self._run(self._await_answer(worker, job, answer))
 

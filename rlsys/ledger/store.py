@@ -110,7 +110,8 @@ class RolloutStore:
     async def settled(
         self, prompt_ids: Sequence[str], fate: str, step: int, reference: Sequence[Handle | None] = ()
     ) -> None:
-        """Record the fate of buffered groups. "trained" closes the file of `step`; dropped ones wait for that."""
+        """Record the fate of buffered groups. A batch closes the file of `step`: it is trained, or has a `reference`
+        (of None each, where there is none) although its step was skipped. Others wait for that."""
         handles = [handle for handle in reference if handle is not None]
         arrays = await asyncio.gather(*map(self._fetch, handles))
         for prompt_id, found in zip(prompt_ids, arrays, strict=False):  # all of them have reference log-probs, or none
@@ -121,14 +122,14 @@ class RolloutStore:
                 raise RlsysError(f"rollout store {self.directory}: {prompt_id} is settled, but was never buffered")
             pending = self._pending[prompt_id]
             pending.fate, pending.step = fate, step
-        if fate == "trained":
+        if fate == "trained" or reference:
             self._step = step
             final = await self._close_file(step_file(self.directory, step))
             self._last = (step, final)
 
     async def load(self, prompt_ids: Sequence[str], step: int) -> list[TrainItem]:
         """Groups settled at a step, in the given order, with handles of their own. Raises what `read_settled` does."""
-        waiting = {i: self._pending[i] for i in prompt_ids if i in self._pending}  # of a step that was skipped
+        waiting = {i: self._pending[i] for i in prompt_ids if i in self._pending}  # without a fate, or not yet written
         written = [i for i in prompt_ids if i not in waiting]
         found = dict(zip(written, await self._run(read_settled, self.directory, written, step), strict=True))
         for prompt_id, pending in waiting.items():

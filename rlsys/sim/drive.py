@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles, SampleRow
 from rlsys.roles import RolloutStore as RolloutStoreProtocol
 from rlsys.segments import Strategy
-from rlsys.sim.clock import run_virtually
+from rlsys.sim.clock import VirtualLoop, run_virtually
 from rlsys.sim.roles import INSTANT, MemoryStore, Mortal, SimGenerator, SimLearner, SimReference, SimRewarder, Timing
 from rlsys.types import Prompt
 
 DAY_S = 86_400.0
+LEDGER_LINGER_S = 0.05  # as long as the thread of the real one
 
 
 def sim_config(
@@ -112,8 +114,38 @@ class RecordingTracker:
         self.summaries.append(summary)
 
 
+class _OnTheSpot(ThreadPoolExecutor):
+    """No thread: whatever it is given is done at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+class VirtualLedger(Ledger):
+    """Written by the virtual loop instead of a thread: what a kill loses then depends on nothing but virtual time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._thread = _OnTheSpot()
+        self.lost = False  # with the process: nothing is written any more
+
+    def _write_soon(self) -> None:
+        asyncio.get_running_loop().call_later(LEDGER_LINGER_S, self._write)
+
+    def _write_queue(self) -> None:
+        if self.lost:
+            self._queue.clear()
+        super()._write_queue()
+
+
+async def _spawned(name: str, spawning: Awaitable[Any]) -> Any:
+    return await spawning
+
+
 class Simulation:
-    """Roles, ledger, store and driver of one process of a run. Make it inside the event loop; `close` it afterwards."""
+    """Roles, ledger, store and driver of one process of a run. Make it inside the event loop."""
 
     def __init__(
         self,
@@ -130,7 +162,14 @@ class Simulation:
         strategy: Strategy | None = None,
         prompts: SimPrompts = SimPrompts(),
         store: RolloutStoreProtocol | None = None,
+        ledger: Callable[[Path], Ledger] = Ledger,
+        ready: bool = True,
+        spawned: Callable[[str, Awaitable[Any]], Awaitable[Any]] = _spawned,
     ) -> None:
+        """`ready`: the first worker of each name takes no time to start, and is there from the beginning.
+
+        `spawned(name, spawning)` makes of a worker what the driver is to see of it.
+        """
         self.generators: list[SimGenerator] = []  # those that died, too
         self.rewarders: list[SimRewarder] = []
         self.learners: list[SimLearner] = []
@@ -166,21 +205,25 @@ class Simulation:
                 raise error
             return make(name, number)
 
+        async def start(name: str) -> Any:
+            return await spawned(name, spawn(name))
+
         names = [
             *(f"generator-{i}" for i in range(config.rollout.generators)),
             *(f"rewarder-{i}" for i in range(config.rewards.workers)),
             *(["learner", "reference"] if with_reference else ["learner"]),
         ]
-        self._ready = {name: make(name, 0) for name in names}
+        self._ready = {name: make(name, 0) for name in names} if ready else {}
         self.store = store or RolloutStore(run_dir / "rollouts")
         self.roles = Roles(
             store=self.store,
-            spawn_generator=spawn,
-            spawn_rewarder=spawn,
-            spawn_learner=lambda config: spawn("learner"),
-            spawn_reference=(lambda: spawn("reference")) if with_reference else None,
+            spawn_generator=start,
+            spawn_rewarder=start,
+            spawn_learner=lambda config: start("learner"),
+            spawn_reference=(lambda: start("reference")) if with_reference else None,
         )
-        self.ledger = Ledger(run_dir / "ledger.sqlite")
+        self.ledger = ledger(run_dir / "ledger.sqlite")
+        self.killed = False
         self.tracker = RecordingTracker()
         eval_prompts = [SimPrompts("eval").draw(i) for i in range(config.eval.prompts)]
         self.driver = Driver(
@@ -198,12 +241,25 @@ class Simulation:
     def reference(self) -> SimReference:
         return self.references[-1]
 
+    def kill(self) -> None:
+        """End the driver's process as SIGKILL does: what is not on disk yet never gets there.
+
+        Needs a `VirtualLoop` and a `VirtualLedger`.
+        """
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        assert isinstance(self.ledger, VirtualLedger)
+        self.killed = loop.halted = self.ledger.lost = True
+        self.driver.stop()
+        self.driver.stop()
+
     async def run(self) -> dict[str, Any]:
         try:
             return await self.driver.run()
         finally:
             try:
-                await self.store.close()
+                if not self.killed:
+                    await self.store.close()
             finally:
                 self.ledger.close()
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class Timing:
     spawn_s: float = 2.0
     save_s: float = 0.0
 
+    def slower(self, times: float) -> Timing:
+        """Everything takes so many times as long."""
+        rate = None if self.tokens_per_s is None else self.tokens_per_s / times
+        names = {f.name for f in fields(self) if f.name.endswith("_s")} - {"tokens_per_s"}
+        return replace(self, tokens_per_s=rate, **{name: times * getattr(self, name) for name in names})
+
 
 INSTANT = Timing((16, 16), None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -66,11 +72,12 @@ async def pause(rng: random.Random, mean_s: float) -> None:
 
 
 class Mortal:
-    """A worker that can be killed (everything fails), or made to stall (nothing ever comes back)."""
+    """A worker that can be killed (everything fails), made to stall (nothing ever comes back), or slowed down."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, timing: Timing) -> None:
         self.name = name
         self.stalled = False
+        self._timing = self._usual = timing
         self._dead: str | None = None
         self._calls: set[asyncio.Future[Any]] = set()
         self._completed = 0
@@ -82,6 +89,14 @@ class Mortal:
 
     def stall(self) -> None:
         self.stalled = True
+
+    def slow_down(self, times: float) -> None:
+        """What begins from now on takes so many times as long as usual."""
+        self._timing = self._usual.slower(times)
+
+    @property
+    def alive(self) -> bool:
+        return self._dead is None
 
     def check(self) -> None:
         if self._dead is not None:
@@ -127,8 +142,7 @@ class SimGenerator(Mortal):
     """Samples `lengths` tokens per rollout; tokens sampled after an update carry the new version."""
 
     def __init__(self, name: str, timing: Timing, seed: int, failure_rate: float = 0.0) -> None:
-        super().__init__(name)
-        self._timing = timing
+        super().__init__(name, timing)
         self._rng = random.Random(f"{name}/{seed}")
         self._failure_rate = failure_rate
         self._history: list[tuple[float, int, str]] = []  # when a version arrived, and its state
@@ -216,8 +230,7 @@ class SimRewarder(Mortal):
     def __init__(
         self, name: str, timing: Timing, seed: int, timeout_rate: float = 0.0, strategy: Strategy | None = None
     ) -> None:
-        super().__init__(name)
-        self._timing = timing
+        super().__init__(name, timing)
         self._rng = random.Random(f"{name}/{seed}")
         self._timeout_rate = timeout_rate
         self._strategy = strategy
@@ -245,8 +258,7 @@ class SimReference(Mortal):
     """Its log-probs depend on every version that it has taken in, in order."""
 
     def __init__(self, name: str, timing: Timing, seed: int) -> None:
-        super().__init__(name)
-        self._timing = timing
+        super().__init__(name, timing)
         self._rng = random.Random(f"{name}/{seed}")
         self.state = "initial"
         self.versions: list[int] = []  # that it has taken in
@@ -285,8 +297,7 @@ class SimLearner(Mortal):
     """Its weights are a hash over everything it was trained on, in order."""
 
     def __init__(self, name: str, timing: Timing, seed: int, skip: Callable[[int], bool] = lambda step: False) -> None:
-        super().__init__(name)
-        self._timing = timing
+        super().__init__(name, timing)
         self._rng = random.Random(f"{name}/{seed}")
         self._skip = skip
         self.version = 0
@@ -309,7 +320,7 @@ class SimLearner(Mortal):
             return StepReport(self.version, {}, tokens, self._timing.step_s, skipped="non-finite gradient")
         digest = hashlib.sha256(self.state.encode())
         for group, item in zip(groups, items, strict=True):
-            digest.update(group.prompt.id.encode())
+            digest.update(f"{group.prompt.id} {[reward.score for reward in group.rewards]}".encode())
             for array in item.reference or ():
                 digest.update(array.tobytes())
             for rollout in group.rollouts:
