@@ -191,7 +191,7 @@ def schedule(seed: int) -> Schedule:
             "after": rng.random() < 0.4,
             "timeout_s": 3600.0,
         },
-        "checkpoint": {"every": rng.choice((0, 1, 2, 2, 3)), "keep": rng.randint(1, 3)},
+        "checkpoint": {"every": rng.choice((0, 1, 2, 2, 3)), "keep_last": rng.randint(1, 3)},
     }
     sections["rewards"]["functions"] = [{"name": "parity", "kind": "python", "path": "none:none"}]
     lives: list[Life] = []
@@ -235,7 +235,7 @@ def _changed(sections: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
         out["rollout"] |= {"generators": rng.randint(1, 4), "attempts": rng.randint(1, 3)}
         out["rewards"] |= {"workers": rng.randint(1, 3)}
         out["driver"] |= {"restarts": rng.choice((0, 1, 3))}
-        out["checkpoint"] |= {"every": rng.choice((0, 1, 2, 3)), "keep": rng.randint(1, 3)}
+        out["checkpoint"] |= {"every": rng.choice((0, 1, 2, 3)), "keep_last": rng.randint(1, 3)}
         out["eval"] |= {"every": rng.choice((0, 2)), "after": rng.random() < 0.4}
         out["learner"] |= {"ranks": rng.randint(1, 2)}
     return out
