@@ -38,13 +38,15 @@ from rlsys.ledger.story import read_run
 
 CONFIG = Path("configs/quickstart.yaml")
 LIMIT_S = 1200.0  # for the whole of it
-MOMENT_S = 30.0  # for a moment to come; then the fault strikes all the same
+MOMENT_S = 15.0  # for a moment to come; then the fault strikes all the same
 POLL_S = 0.005
 SETTINGS = {  # patience that shows within the time there is; and moments that come often
     "--driver.silence_timeout_s": "10",
     "--rollout.stall_timeout_s": "15",
-    "--checkpoint.every": "10",
-    "--eval.every": "10",
+    "--weights.timeout_s": "15",
+    "--checkpoint.every": "4",
+    "--eval.every": "4",
+    "--eval.every_prompts": "64",
 }
 UNDISTURBED = RESULTS / "chaos_undisturbed.json"
 
@@ -277,7 +279,7 @@ def report(console: Console, faults: list[Fault]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos_real", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calm", type=float, default=8.0, metavar="S", help="seconds from all well to the next fault")
+    parser.add_argument("--calm", type=float, default=3.0, metavar="S", help="seconds from all well to the next fault")
     parser.add_argument("--undisturbed", type=int, metavar="SEEDS", help="only run so many seeds in peace, to compare")
     parser.add_argument("--keep", action="store_true", help="keep the run directory")
     options = parser.parse_args()

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from rlsys.ledger.story import read_run
+
 from .conftest import CONFIGS, REPO, RUN_TIMEOUT_S, SMALL, Rlsys, metrics, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -117,20 +119,36 @@ def test_one_changed_bit_of_one_sampled_logprob_is_found(quickstart: Path, rlsys
     assert "differs first" not in done.stdout
 
 
-def test_synchronous_runs_are_bit_identical_also_when_stopped_and_resumed(
-    rlsys: Rlsys, start: Callable[..., subprocess.Popen[str]], workplace: Path
-) -> None:
-    """One run straight through; another ended by Ctrl-C, then gone on with. The same weights, to the bit."""
-    common = [str(CONFIGS / "quickstart_sync.yaml"), *SMALL, "--run.steps", "6", "--checkpoint.every", "2"]
-    straight = rlsys("train", *common, "--run.name", "straight")
-    assert straight.returncode == 0, straight.stdout
+SYNCHRONOUS = [str(CONFIGS / "quickstart_sync.yaml"), *SMALL, "--checkpoint.every", "2"]
+SYNCHRONOUS += ["--run.steps", "8", "--driver.silence_timeout_s", "20"]
 
-    process = start("train", *common, "--run.name", "stopped")
+
+@pytest.fixture(scope="module")
+def straight(rlsys: Rlsys, workplace: Path) -> Path:
+    """The run directory of a synchronous run that nobody disturbed."""
+    done = rlsys("train", *SYNCHRONOUS, "--run.name", "straight")
+    assert done.returncode == 0, done.stdout
+    return workplace / "runs" / "straight"
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """The same weights, to the bit, and the same fates."""
+    file = Path("checkpoints", "step-000008", "learner", "hf", "model.safetensors")
+    ours, theirs = load_file(run / file), load_file(other / file)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key] == theirs[key]).all() for key in ours)
+    assert summary(run)["fates"] == summary(other)["fates"]
+
+
+def test_a_synchronous_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
+    straight: Path, rlsys: Rlsys, start: Callable[..., subprocess.Popen[str]], workplace: Path
+) -> None:
+    process = start("train", *SYNCHRONOUS, "--run.name", "stopped")
     assert process.stdout is not None
     said = []
     for line in process.stdout:
         said.append(line)
-        if re.search(r"\bstep +3/6\b", line):
+        if re.search(r"\bstep +3/8\b", line):
             family = psutil.Process(process.pid).children(recursive=True)
             os.kill(process.pid, signal.SIGINT)
             break
@@ -140,21 +158,53 @@ def test_synchronous_runs_are_bit_identical_also_when_stopped_and_resumed(
     assert process.returncode == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, f"left behind: {alive}"
-    stopped_at = max(
-        int(path.name.removeprefix("step-")) for path in (workplace / "runs/stopped/checkpoints").iterdir()
-    )
-    assert 3 <= stopped_at < 6
+    stopped = workplace / "runs" / "stopped"
+    stopped_at = max(int(path.name.removeprefix("step-")) for path in (stopped / "checkpoints").glob("step-*"))
+    assert 3 <= stopped_at < 8
 
-    resumed = rlsys("train", *common, "--run.name", "stopped")
+    resumed = rlsys("train", *SYNCHRONOUS, "--run.name", "stopped")
     assert resumed.returncode == 0, resumed.stdout
+    assert_same_end(stopped, straight)
 
-    weights = [
-        load_file(workplace / "runs" / name / "checkpoints" / "step-000006" / "learner" / "hf" / "model.safetensors")
-        for name in ("straight", "stopped")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
-    assert summary(workplace / "runs/stopped")["fates"] == summary(workplace / "runs/straight")["fates"]
+
+def line_of(process: psutil.Process) -> str:
+    """Its command line; nothing where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_synchronous_run_whose_roles_are_killed_ends_with_the_same_bits(
+    straight: Path, start: Callable[..., subprocess.Popen[str]], workplace: Path
+) -> None:
+    """Every role once, in the middle of what it does; the reference is stopped instead, and found by its silence."""
+    victims = {
+        1: ("ray::GeneratorActor", signal.SIGKILL),
+        2: ("ray::LearnerActor", signal.SIGKILL),
+        3: ("ray::RewardActor", signal.SIGKILL),
+        5: ("ray::ReferenceActor", signal.SIGSTOP),
+        6: ("VLLM::EngineCore", signal.SIGKILL),
+    }
+    process = start("train", *SYNCHRONOUS, "--run.name", "killed")
+    assert process.stdout is not None
+    said, hit = [], []
+    for line in process.stdout:
+        said.append(line)
+        found = re.search(r"\bstep +(\d)/8\b", line)
+        if found and int(found[1]) in victims:
+            title, number = victims[int(found[1])]
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if line_of(child).startswith(title):
+                    child.send_signal(number)
+                    hit.append(title)
+    process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, "".join(said)
+    assert hit == [title for title, _ in victims.values()]
+    killed = workplace / "runs" / "killed"
+    lost = [note.detail["worker"] for note in read_run(killed).notes if note.event == "worker lost"]
+    assert lost == ["generator-0", "learner", "rewarder-0", "reference", "generator-0"], "".join(said)
+    assert_same_end(killed, straight)
 
 
 def test_ppo_with_a_critic(rlsys: Rlsys, workplace: Path) -> None:
