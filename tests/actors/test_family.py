@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ NO_PY_SPY = Path("/bin/false")  # stands for one that may not look into other pr
 # One that says where it stands: everything below waits for its standard input to end.
 WAITS = "import sys\ndef waiting_here():\n    print('ready', flush=True)\n    sys.stdin.read()\n"
 PRINTS_ITS_STACK = "import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1, file=2)\n"
+
+THIS = uuid.uuid4().hex  # so that processes of other runs of these tests are not found
 
 Start = Callable[..., tuple[Member, list[str]]]
 
@@ -68,23 +71,23 @@ def test_orphans_are_found_by_their_mark_or_their_session(start: Start) -> None:
         "print('ready', marked.pid, orphan, flush=True)\n"
         "sys.stdin.read()\n"
     )
-    root, pids = start(program, MARK="this")
+    root, pids = start(program, MARK=THIS)
     marked, orphan = map(int, pids)
-    other, _ = start(WAITS + "waiting_here()", MARK="other")
-    found = family.family(root, "MARK", "this")
+    other, _ = start(WAITS + "waiting_here()", MARK=uuid.uuid4().hex)
+    found = family.family(root, "MARK", THIS)
     assert found[0] == root
     assert {member.pid for member in found} == {root.pid, marked, orphan}
     os.kill(orphan, signal.SIGSTOP)
     assert family.end(found[:1], timeout_s=20) == []
-    assert {member.pid for member in family.family(root, "MARK", "this")} == {marked, orphan}
-    assert family.end(family.family(root, "MARK", "this"), timeout_s=20) == []
-    assert family.family(root, "MARK", "this") == []
+    assert {member.pid for member in family.family(root, "MARK", THIS)} == {marked, orphan}
+    assert family.end(family.family(root, "MARK", THIS), timeout_s=20) == []
+    assert family.family(root, "MARK", THIS) == []
     assert other.process() is not None
 
 
 def test_a_child_without_the_mark_is_found_by_its_parent(start: Start) -> None:
     root, [child] = start("import os, time\npid = os.fork()\nif pid: print('ready', pid, flush=True)\ntime.sleep(1000)")
-    found = family.family(root, "MARK", "this")
+    found = family.family(root, "MARK", THIS)
     assert [member.pid for member in found] == [root.pid, int(child)]
     assert family.end(found, timeout_s=20) == []
 
