@@ -14,7 +14,7 @@ from rlsys.driver.rewarders import RewarderPool, Rounds
 from rlsys.driver.waiting import within
 from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import WorkFailed
-from rlsys.errors import BadRollout, EngineError
+from rlsys.errors import BadRollout, EngineError, HandleLost
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Sampling
 from rlsys.types import GroupInfo, Prompt
@@ -87,22 +87,29 @@ class Evaluator:
         return rated
 
     async def _evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        generating = self._generators.submit([Request(prompt, self._sampling, training=False) for prompt in prompts])
-        results = await asyncio.gather(*(self._score(future) for future in generating))
+        generating = self._generators.submit([self._request(prompt) for prompt in prompts])
+        results = await asyncio.gather(*map(self._score, prompts, generating))
         return summarize([info for info in results if info is not None], failed=results.count(None))
 
-    async def _score(self, generating: asyncio.Future[Any]) -> GroupInfo | None:
-        try:
-            generated, _ = await generating
-            [scoring] = self._rewarders.submit(
-                [Rounds(generated.info.prompt_id, [[generated.payload]], training=False)]
-            )
-            scored, _ = await scoring
-        except (WorkFailed, BadRollout) as error:
-            logger.warning("a prompt of the evaluation is left out: %s", error)
-            return None
-        info: GroupInfo = scored.info
-        return info
+    def _request(self, prompt: Prompt) -> Request:
+        return Request(prompt, self._sampling, training=False)
+
+    async def _score(self, prompt: Prompt, generating: asyncio.Future[Any]) -> GroupInfo | None:
+        """What is lost on the way, with the node that had it, is sampled again."""
+        while True:
+            try:
+                generated, _ = await generating
+                [scoring] = self._rewarders.submit([Rounds(prompt.id, [[generated.payload]], training=False)])
+                scored, _ = await scoring
+            except HandleLost as error:
+                logger.warning("%s of the evaluation is sampled again: %s", prompt.id, error)
+                [generating] = self._generators.submit([self._request(prompt)])
+            except (WorkFailed, BadRollout) as error:
+                logger.warning("a prompt of the evaluation is left out: %s", error)
+                return None
+            else:
+                info: GroupInfo = scored.info
+                return info
 
 
 def summarize(infos: Sequence[GroupInfo], failed: int) -> dict[str, float]:

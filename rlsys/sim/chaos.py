@@ -92,7 +92,8 @@ def live(plan: Schedule, life: Life, run_dir: Path, number: int) -> Process:
 
     def work_s() -> float:
         faults.work()
-        return 0.0 if not plan.disk_s else 1e-4 + disk.expovariate(1 / plan.disk_s)
+        times = 10.0 if disk.random() < 0.2 else 1.0  # as disks do
+        return 0.0 if not plan.disk_s else 1e-4 + times * disk.expovariate(1 / plan.disk_s)
 
     def quiet() -> None:
         nonlocal moved

@@ -16,15 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlsys.config.models import Sizes
 from rlsys.driver.checkpoints import MANIFEST
-from rlsys.errors import EngineError, LearnerError, RlsysError, WorkerDied
+from rlsys.errors import BadRollout, EngineError, HandleLost, LearnerError, RlsysError, WorkerDied
 from rlsys.roles import Scored
 from rlsys.sim.drive import Simulation, at
 from rlsys.sim.roles import Mortal
 from rlsys.types import Reward, ScoredGroup, group_info
 
 What = Literal["flip", "truncate", "delete", "no manifest", "half-written"]
-Kind = Literal["die", "hang", "wedge", "slow", "fail", "corrupt", "scale", "damage", "stop", "interrupt", "kill"]
+Kind = Literal[
+    "die", "hang", "wedge", "slow", "fail", "corrupt", "refuse", "lose", "scale", "damage", "stop", "interrupt", "kill"
+]
 
 DAMAGE: tuple[What, ...] = ("flip", "truncate", "delete", "no manifest", "half-written")
 MARK = "(chaos)"  # in the messages of errors that were made on purpose
@@ -44,7 +47,9 @@ class Fault:
     | slow | what the worker begins takes 50 times as long, for `value` seconds; a start takes `value` seconds longer |
     | fail | this call raises EngineError (of the learner: LearnerError); at a time: every call for `value` seconds |
     | corrupt | this call says what cannot be: a wrong version, a refused answer, rewards that all timed out |
-    | scale | the pool of this role is to have `value` workers |
+    | refuse | a reward worker finds that what a generator has made cannot be right |
+    | lose | what the call was given is gone, with the node that had it |
+    | scale | the pool of this role is to have `value` workers, the learner so many ranks |
     | damage | a file of a checkpoint is damaged while the run goes on; `value` (0 to 1) says which, and how |
     | stop, interrupt, kill | the driver gets one Ctrl-C, gets two, ends as by SIGKILL |
 
@@ -147,7 +152,7 @@ class Faults:
         driver = self._simulation.driver
         for fired in self.fired:
             if fired.recovered is None:
-                if fired.fault.kind == "scale":
+                if fired.fault.kind == "scale" and fired.name != "learner":
                     back = (driver.generators if fired.name == "generator" else driver.rewarders).complete
                 else:
                     back = fired.name in ("learner", "driver", "disk") and driver.step > fired.step
@@ -210,6 +215,10 @@ class Faults:
                     raise (LearnerError if worker.name == "learner" else EngineError)(f"{moment} failed {MARK}")
                 case "corrupt":
                     wrong = True
+                case "refuse":
+                    raise BadRollout(f"a group is refused {MARK}", kind="shape", generator="generator-0")
+                case "lose":
+                    raise HandleLost(f"{worker.name} cannot have what it was given {MARK}")
                 case _:
                     await self._driver(fault)
         return wrong
@@ -267,8 +276,8 @@ class Faults:
                     driver.checkpoints.directory.parent,
                 )
             case "scale":
-                pool = driver.generators if fault.role == "generator" else driver.rewarders
-                pool.resize(int(fault.value))
+                key = {"generator": "generators", "rewarder": "reward_workers", "learner": "learner_ranks"}[fault.role]
+                driver.scale(Sizes.model_validate({key: int(fault.value)}))
 
     def _slow(self, worker: Mortal, seconds: float) -> None:
         worker.slow_down(SLOWER)
@@ -353,7 +362,7 @@ def hurt(damage: Damage, run_dir: Path) -> bool:
             aside.mkdir(parents=True, exist_ok=True)
             (aside / "learner.json").write_text('{"version": ')
             return True
-        files = sorted(p for p in hit.rglob("*") if p.is_file() and p.name != MANIFEST)
+        files = sorted(p for p in hit.rglob("*") if p.is_file())
     if not files:
         return False
     file = rng.choice(files)

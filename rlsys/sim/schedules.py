@@ -39,9 +39,15 @@ TIMINGS = {
 # The calls that a fault can come with, by role; each as it begins and when it has its result.
 MOMENTS = {
     "generator": ("spawn", "generate", "answer", "update", "progress", "inspect", "close"),
-    "rewarder": ("spawn", "score", "progress", "close"),
+    "rewarder": ("spawn", "score", "branch", "progress", "close"),
     "learner": ("spawn", "load", "step", "publish", "save", "written", "progress", "close"),
     "reference": ("spawn", "load", "logprobs", "update", "save", "progress", "close"),
+}
+LOSE = {  # calls that are given a handle of something that another node may have
+    "generator": ("update",),
+    "rewarder": ("score", "branch"),
+    "learner": ("step",),
+    "reference": ("logprobs", "update"),
 }
 CORRUPT = {
     "generator": ("answer", "update"),
@@ -246,7 +252,8 @@ def _faults(rng: random.Random, roles: Sequence[str], moving: bool, expected_s: 
     role: Any = rng.choice(roles)
     if rng.random() < 0.12:
         size = rng.randint(1, 4)
-        return [Fault("scale", rng.choice(("generator", "rewarder")), "", rng.uniform(0, expected_s), 0, size)]
+        which: Any = rng.choice(("generator", "rewarder", "learner"))
+        return [Fault("scale", which, "", rng.uniform(0, expected_s), 0, size)]
     if rng.random() < 0.05:
         return [Fault("damage", "driver", "checkpoint", rng.randint(1, 3), 0, rng.random())]
     if rng.random() < 0.35:
@@ -259,6 +266,10 @@ def _faults(rng: random.Random, roles: Sequence[str], moving: bool, expected_s: 
     kinds += [] if call in ("progress", "inspect", "close") else ["slow", "fail"]
     if call in CORRUPT.get(role, ()) and rng.random() < 0.4:
         moment, kinds = call, ["corrupt"]
+    elif call in LOSE.get(role, ()) and rng.random() < 0.25:
+        moment, kinds = call, ["lose"]
+    elif role == "rewarder" and call in ("score", "branch") and rng.random() < 0.25:
+        moment, kinds = call, ["refuse"]
     kind = rng.choice(kinds)
     nth = rng.randint(1, 3) if moment in ("spawn", "load", "close") or rng.random() < 0.3 else rng.randint(1, 12)
     one = Fault(kind, role, moment, nth, 0, round(rng.uniform(1, 60), 1) if kind == "slow" else 0.0)
@@ -275,9 +286,9 @@ def _ending(rng: random.Random, roles: Sequence[str], moving: bool, expected_s: 
     """What ends a process before its time."""
     kind: Any = rng.choice(("kill", "kill", "kill", "stop", "interrupt"))
     choice = rng.random()
-    if choice < 0.35:
+    if choice < 0.3:
         return Fault(kind, "driver", "", rng.uniform(0.1, expected_s))
-    if choice < 0.5:
+    if choice < 0.4:
         return Fault("kill", "disk", "work", rng.randint(1, 60))
     if choice < 0.75:
         moment = rng.choice(("checkpoint", "checkpoint", "step", "gate"))
@@ -292,7 +303,7 @@ def _damage(rng: random.Random) -> Damage:
     if where == "checkpoint":
         what: Any = rng.choice(DAMAGE)
     else:
-        what = rng.choice(("truncate", "delete"))
+        what = rng.choice(("flip", "truncate", "delete"))
     return Damage(what, where, rng.random())
 
 
