@@ -57,7 +57,8 @@ class Evidence:
     processes: list[Process]
     story: RunStory
     rows: list[dict[str, Any]]  # of the ledger: id, idx, state, reason, step, settled
-    chances: int  # prompts that faults have ever cost, or scored otherwise
+    drops: int  # that there have ever been, those of steps that were done again included
+    chances: int  # drops that faults have caused, and rewards that they have changed
     twin: Process | None = None
 
     @property
@@ -85,7 +86,7 @@ def read_evidence(schedule: Schedule, run_dir: Path, processes: list[Process], t
         reasons = [reason.partition(":")[0] for (reason,) in db.execute(query)]
     wrong = sum(f.fault.kind == "corrupt" and f.fault.role == "rewarder" for p in processes for f in p.faults.fired)
     chances = wrong + sum(reason in BY_CHANCE for reason in reasons)
-    return Evidence(schedule, run_dir, processes, read_run(run_dir), rows, chances, twin)
+    return Evidence(schedule, run_dir, processes, read_run(run_dir), rows, len(reasons), chances, twin)
 
 
 # ---- while a process runs ----
@@ -364,8 +365,8 @@ def nothing_is_left_on_disk(run: Evidence) -> list[str]:
 
 
 def the_first_prompts_are_trained(run: Evidence) -> list[str]:
-    """Where nothing is dropped, what is trained is what was drawn first, whatever was in the way."""
-    if run.story.fates["dropped"]:
+    """Where nothing was ever dropped, what is trained is what was drawn first, whatever was in the way."""
+    if run.drops:
         return []
     c = run.last.life.config
     indices = sorted(row["idx"] for row in run.rows if row["state"] == "trained")
