@@ -13,7 +13,7 @@ import pytest
 
 from rlsys.curricula.predicted_difficulty import PredictedDifficulty
 from rlsys.driver.waiting import give_up
-from rlsys.errors import HandleLost, WorkerDied
+from rlsys.errors import EngineError, HandleLost, LearnerError, WorkerDied
 from rlsys.ledger.story import read_run
 from rlsys.segments.partitions.fixed_length import FixedLength
 from rlsys.segments.strategies.windows import Windows
@@ -108,6 +108,29 @@ def test_a_reference_that_dies_of_what_the_run_needs_is_asked_again(tmp_path: Pa
     simulation, summary = simulate(config, tmp_path, act, with_reference=True)
     assert summary["fates"]["trained"] == 20
     assert len(simulation.references) == 2
+
+
+def test_a_learner_that_cannot_follow_a_reference_back_ends_the_run(tmp_path: Path) -> None:
+    """It is started for the reference's sake, but its failures are its own."""
+
+    async def no_more(self: SimLearner, directory: Path) -> int:
+        raise LearnerError("the checkpoint is of another model")
+
+    class Cursed(list[SimLearner]):
+        def append(self, learner: SimLearner) -> None:
+            learner.load = no_more.__get__(learner)  # type: ignore[method-assign]
+            super().append(learner)
+
+    def act(simulation: Simulation) -> None:
+        simulation.learners = Cursed(simulation.learners)
+        at(6.0, lambda: simulation.reference.kill("SIGKILL"))
+
+    config = sim_config(bound=0, reference={"update": "every"}, checkpoint={"every": 0}, driver={"restarts": 2})
+    message = "^learner failed 3 times in a row, and there is no other: the checkpoint is of another model$"
+    with pytest.raises(EngineError, match=message):
+        simulate(config, tmp_path, act, with_reference=True)
+    failed = [note.detail["worker"] for note in read_run(tmp_path).notes if note.event == "start failed"]
+    assert failed == ["learner"] * 3
 
 
 def test_what_is_given_up_may_fail_unheard() -> None:
