@@ -203,7 +203,8 @@ def schedule(seed: int) -> Schedule:
     lives: list[Life] = []
     count = rng.choice((1, 1, 2, 2, 3, 4))
     expected_s = _expected_s(sim_config(**sections), TIMINGS[timing], kind)
-    roles = ["generator", "rewarder", "learner", *(["reference"] if reference else [])]
+    # The learner twice: what it takes to bring it back is the most that there is.
+    roles = ["generator", "rewarder", "learner", "learner", *(["reference"] if reference else [])]
     for i in range(count):
         last = i == count - 1
         if i:
@@ -271,7 +272,7 @@ def _faults(rng: random.Random, roles: Sequence[str], moving: bool, expected_s: 
     elif role == "rewarder" and call in ("score", "branch") and rng.random() < 0.25:
         moment, kinds = call, ["refuse"]
     kind = rng.choice(kinds)
-    nth = rng.randint(1, 3) if moment in ("spawn", "load", "close") or rng.random() < 0.3 else rng.randint(1, 12)
+    nth = rng.randint(1, 3) if moment in ("spawn", "load", "close") or rng.random() < 0.3 else rng.randint(1, 8)
     one = Fault(kind, role, moment, nth, 0, round(rng.uniform(1, 60), 1) if kind == "slow" else 0.0)
     return [replace(one, when=nth + i) for i in range(rng.choice((1, 1, 1, 1, 2, 4)))]
 
