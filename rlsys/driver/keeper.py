@@ -116,14 +116,18 @@ class Keeper(Generic[W]):
         self.options.events.changed()
 
     async def renew(self) -> None:
-        """End the worker and start another one; calls wait meanwhile."""
+        """End the worker and start another one; calls wait meanwhile.
+
+        When it cannot be started, that ends the run, and is no failure of whoever asked for it.
+        """
         await self._ready.wait()
         worker, gone = self._present()
         self._worker = None
         self._ready.clear()
         gone.set_result(WorkerDied(self.options.name, "it is being renewed"))
         await end(worker)
-        await self._bring_up(None)
+        self._run(self._bring_up(None))
+        await self._ready.wait()
 
     def status(self) -> WorkerStatus:
         state = "starting" if self._worker is None else "healthy"

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+STANDSTILL = 1_000_000  # rounds of the loop at one instant: something goes round in a circle
+
 
 class _JumpingSelector(selectors.DefaultSelector):
     """Instead of sleeping until the next timer, moves the clock there."""
@@ -17,13 +19,19 @@ class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self._rounds = 0  # at this instant
         self.quiet: Callable[[], None] = lambda: None
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise RuntimeError("deadlock: nothing is ready to run and no timer is set")
+        self._rounds += 1
+        if self._rounds > STANDSTILL:
+            self._rounds = 0  # for what is still to be ended
+            raise RuntimeError(f"standstill: {STANDSTILL} rounds of the loop, and it is still {self.now:g} s")
         if timeout > 0:
             self.quiet()
+            self._rounds = 0
         self.now += max(0.0, timeout)
         return super().select(0)
 
@@ -80,6 +88,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtually(main: Coroutine[Any, Any, T], loop_factory: Callable[[], VirtualLoop] = VirtualLoop) -> T:
-    """Run to the end in virtual time. Raises RuntimeError when everything waits for ever."""
+    """Run to the end in virtual time. Raises RuntimeError when everything waits for ever, or time stands still."""
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(main)

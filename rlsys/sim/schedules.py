@@ -172,14 +172,14 @@ def schedule(seed: int) -> Schedule:
     sections: dict[str, Any] = {
         "run": {"steps": steps, "seed": rng.randrange(1000)},
         "rollout": {
-            "generators": rng.randint(1, 4),
+            "generators": rng.choice((1, 1, 2, 3, 4)),
             "samples_per_prompt": rng.randint(2, 3),
             "max_new_tokens": MAX_TOKENS,
             "attempts": rng.randint(1, 3),
             "stall_timeout_s": 20.0,
             "start_timeout_s": 120.0,
         },
-        "rewards": {"workers": rng.randint(1, 3), "timeout_s": 5.0, "start_timeout_s": 120.0},
+        "rewards": {"workers": rng.choice((1, 1, 2, 3)), "timeout_s": 5.0, "start_timeout_s": 120.0},
         "reference": {"update": update if reference else "frozen", "every": rng.randint(1, 3)},
         "learner": {"step_timeout_s": 400.0 if timing == "slow learner" else 100.0, "start_timeout_s": 120.0},
         "weights": {"timeout_s": 60.0},
@@ -203,7 +203,8 @@ def schedule(seed: int) -> Schedule:
     lives: list[Life] = []
     count = rng.choice((1, 1, 2, 2, 3, 4))
     expected_s = _expected_s(sim_config(**sections), TIMINGS[timing], kind)
-    roles = ["generator", "rewarder", "learner", *(["reference"] if reference else [])]
+    # The learner twice: what it takes to bring it back is the most that there is.
+    roles = ["generator", "rewarder", "learner", "learner", *(["reference"] if reference else [])]
     for i in range(count):
         last = i == count - 1
         if i:
@@ -214,7 +215,7 @@ def schedule(seed: int) -> Schedule:
             config = sim_config(**sections)
         moving = config.reference.update != "frozen"
         faults: list[Fault] = []
-        for _ in range(rng.choice((0, 1, 1, 2, 3, 4))):
+        for _ in range(rng.choice((0, 1, 2, 3, 4, 6))):
             faults += _faults(rng, roles, moving, expected_s)
         if not last:
             faults.append(_ending(rng, roles, moving, expected_s))
@@ -238,8 +239,8 @@ def _changed(sections: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
     """Other settings among those that the next process of a run may have."""
     out = {name: dict(section) for name, section in sections.items()}
     if rng.random() < 0.5:
-        out["rollout"] |= {"generators": rng.randint(1, 4), "attempts": rng.randint(1, 3)}
-        out["rewards"] |= {"workers": rng.randint(1, 3)}
+        out["rollout"] |= {"generators": rng.choice((1, 1, 2, 3, 4)), "attempts": rng.randint(1, 3)}
+        out["rewards"] |= {"workers": rng.choice((1, 1, 2, 3))}
         out["driver"] |= {"restarts": rng.choice((0, 1, 3))}
         out["checkpoint"] |= {"every": rng.choice((0, 1, 2, 3)), "keep_last": rng.randint(1, 3)}
         out["eval"] |= {"every": rng.choice((0, 2)), "after": rng.random() < 0.4}
@@ -271,7 +272,7 @@ def _faults(rng: random.Random, roles: Sequence[str], moving: bool, expected_s: 
     elif role == "rewarder" and call in ("score", "branch") and rng.random() < 0.25:
         moment, kinds = call, ["refuse"]
     kind = rng.choice(kinds)
-    nth = rng.randint(1, 3) if moment in ("spawn", "load", "close") or rng.random() < 0.3 else rng.randint(1, 12)
+    nth = rng.randint(1, 3) if moment in ("spawn", "load", "close") or rng.random() < 0.3 else rng.randint(1, 8)
     one = Fault(kind, role, moment, nth, 0, round(rng.uniform(1, 60), 1) if kind == "slow" else 0.0)
     return [replace(one, when=nth + i) for i in range(rng.choice((1, 1, 1, 1, 2, 4)))]
 
