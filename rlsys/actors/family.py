@@ -25,14 +25,16 @@ LINES = 20  # of one file of output
 CHARACTERS = 4000  # of all output
 _RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes for its log monitor
 _TRACKER_S = 2.0
+_EXEC_S = 1.0
 _OWN_STACK_S = 2.0
 
 
 class Member(NamedTuple):
-    """One process. Pids are used again, so a pid alone does not name one. `started` is in seconds since the epoch."""
+    """One process. Pids are used again, so a pid alone does not name one. `started` is in clock ticks since the boot:
+    unlike `create_time` of psutil it stays what it is when the clock of the machine is set."""
 
     pid: int
-    started: float
+    started: int
 
     @classmethod
     def this(cls) -> Member:
@@ -40,7 +42,7 @@ class Member(NamedTuple):
 
     @classmethod
     def of(cls, process: psutil.Process) -> Member:
-        return cls(process.pid, process.create_time())
+        return cls(process.pid, _started(process.pid))
 
     def process(self) -> psutil.Process | None:
         """None when it has ended, whether or not somebody has waited for it since."""
@@ -48,10 +50,19 @@ class Member(NamedTuple):
             process = psutil.Process(self.pid)
             # Its first thread may be done while others are not.
             done = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and process.num_threads() <= 1
-            alive = process.create_time() == self.started and not done
+            alive = _started(self.pid) == self.started and not done
         except psutil.NoSuchProcess:
             return None
         return process if alive else None
+
+
+def _started(pid: int) -> int:
+    """`starttime` of proc_pid_stat(5). Raises `psutil.NoSuchProcess`."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(pid) from error
+    return int(stat.rpartition(")")[2].split()[19])  # the name, in brackets, may hold spaces
 
 
 def family(root: Member, variable: str, mark: str) -> list[Member]:
@@ -77,7 +88,7 @@ def family(root: Member, variable: str, mark: str) -> list[Member]:
 def _was_given_away(root: Member) -> bool:
     """Whether another process has the pid by now. That takes a group and a session which are empty as well."""
     try:
-        return psutil.Process(root.pid).create_time() != root.started
+        return _started(root.pid) != root.started
     except psutil.NoSuchProcess:
         return False
 
@@ -106,10 +117,18 @@ def wait(members: Sequence[Member], timeout_s: float) -> None:
 
 
 def _is_tracker(member: Member) -> bool:
+    return any("multiprocessing.resource_tracker" in argument for argument in _command(member))
+
+
+def _command(member: Member) -> list[str]:
+    deadline = time.monotonic() + _EXEC_S
     with suppress(psutil.Error):
-        if process := member.process():
-            return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
-    return False
+        while process := member.process():
+            # There is none while a program is being started (execve), though the parent goes on already.
+            if (command := process.cmdline()) or time.monotonic() > deadline:
+                return command
+            time.sleep(0.001)
+    return []
 
 
 def _kill(members: Iterable[Member]) -> None:

@@ -94,7 +94,7 @@ def test_a_child_without_the_mark_is_found_by_its_parent(start: Start) -> None:
 
 def test_a_pid_that_was_given_to_another_process_is_left_alone(start: Start) -> None:
     now, _ = start(WAITS + "waiting_here()")
-    earlier = Member(now.pid, now.started - 100)
+    earlier = Member(now.pid, now.started - 1)
     assert earlier.process() is None
     assert family.end([earlier], timeout_s=20) == []
     assert now.process() is not None

@@ -50,7 +50,7 @@ def test_a_run_goes_on_once_there_is_room(tmp_path: Path, small_disk: Callable, 
     whole, _ = simulate(config, tmp_path / "whole")
     messages: list[str] = []
     for heavy in (False, True):
-        for kib in range(110, 700 if heavy else 350, 20):
+        for kib in range(110, 700 if heavy else 350, 40):
             disk = small_disk(kib=kib)
             run_dir = disk.path / "run"
             began: list[Simulation] = []
