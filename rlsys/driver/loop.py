@@ -329,7 +329,8 @@ class Driver:
         if checkpoint is not None:
             self.recorder.resume(Totals(**checkpoint.manifest.totals))
         plan = await recover(
-            checkpoint, self.ledger, self.books.store, self.books.batch, self.books.bound, self.config.run.steps
+            *(checkpoint, self.ledger, self.books.store, self.books.batch, self.books.bound, self.config.run.steps),
+            defers=self.production.defers,
         )
         self.books.resume(plan.version)
         await asyncio.to_thread(self.checkpoints.forget_after, plan.version)

@@ -44,6 +44,11 @@ class Production:
         self._recorder = recorder
 
     @property
+    def defers(self) -> bool:
+        """Whether what a step does not finish goes on in later ones."""
+        return self._strategy is not None and self._strategy.defers
+
+    @property
     def _ledger(self) -> Ledger:
         return self._books.ledger
 

@@ -48,9 +48,19 @@ def reusable(infos: Iterable[GroupInfo], version: int, batch: int, bound: int, r
 
 
 async def recover(
-    checkpoint: Checkpoint | None, ledger: Ledger, store: RolloutStore, batch: int, bound: int, steps: int
+    checkpoint: Checkpoint | None,
+    ledger: Ledger,
+    store: RolloutStore,
+    batch: int,
+    bound: int,
+    steps: int,
+    defers: bool = False,
 ) -> Plan:
-    """Bring ledger and store back to the checkpoint (to the start of the run when there is none)."""
+    """Bring ledger and store back to the checkpoint (to the start of the run when there is none).
+
+    Where responses go on in later steps (`Strategy.defers`) nothing is reused: what has been begun since the
+    checkpoint is not in its memory, and would not go on.
+    """
     version, position = (checkpoint.manifest.version, checkpoint.manifest.position) if checkpoint else (0, 0)
     undone = ledger.roll_back(position)
     await store.roll_back(version)
@@ -58,7 +68,8 @@ async def recover(
     outstanding = {prompt.id: prompt for prompt in ledger.outstanding()}
 
     known = (found[prompt_id].info for prompt_id in found if prompt_id in outstanding)
-    keep = {info.prompt_id for info in reusable(known, version, batch, bound, (steps - version) * batch)}
+    reused = [] if defers else reusable(known, version, batch, bound, (steps - version) * batch)
+    keep = {info.prompt_id for info in reused}
     settled = ledger.fate_of(i for i in found if i not in outstanding)
     for prompt_id, (state, reason, _) in settled.items():
         if state == "dropped":  # its group had not reached a final file

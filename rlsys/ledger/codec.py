@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlsys.durable import writing
+from rlsys.durable import sync, writing
 from rlsys.errors import DataError, RlsysError
 from rlsys.types import Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, Segment, VersionSpan
 
@@ -198,8 +198,10 @@ def with_fates(
     return pa.Table.from_arrays(columns, schema=FATE_SCHEMA)
 
 
-def write_rows(table: pa.Table, path: Path, **options: Any) -> None:
+def write_rows(table: pa.Table, path: Path, synced: bool = False, **options: Any) -> None:
     """Write a Parquet file, aside and then renamed. `options` are those of `pyarrow.parquet.write_table`.
+
+    `synced`: its rows are on the disk before it has its name, so that a loss of power leaves no empty file.
 
     Raises DiskFullError, RlsysError; pyarrow has removed what was written of it then.
     """
@@ -208,6 +210,8 @@ def write_rows(table: pa.Table, path: Path, **options: Any) -> None:
     try:
         with writing(path):
             pq.write_table(counted, aside, write_page_checksum=True, **options)
+            if synced:
+                sync(aside)
             aside.rename(path)
     except (OSError, pa.ArrowException) as error:
         raise RlsysError(f"rollout store: {path} cannot be written: {error}") from error

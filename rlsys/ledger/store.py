@@ -39,7 +39,7 @@ _DICTIONARY = [
 ]
 
 # Buffered groups are soon read again or deleted.
-_FAST = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+_FAST: dict[str, Any] = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
 
 
 async def _identity(value: Any) -> Any:
@@ -154,14 +154,18 @@ class RolloutStore:
             await self._run(_unlink, [file.path])
 
     async def load_buffered(self) -> Mapping[str, Scored]:
-        """Groups that an earlier process left buffered, by prompt id. A file that is damaged is passed over."""
+        """Groups that an earlier process left buffered, by prompt id. A file that is damaged is put aside."""
         found: dict[str, Scored] = {}
         for path in self._pending_files():
             try:
                 tables = await self._run(_read_groups, path, SCHEMA)
                 groups = {prompt_id: await self._run(decode, table) for prompt_id, table in tables.items()}
             except DataError as error:
-                logger.warning("passing over buffered groups, their prompts are sampled again: %s", error)
+                aside = path.with_suffix(".damaged")
+                await self._run(path.rename, aside)
+                logger.warning(
+                    "passing over buffered groups, their prompts are sampled again: %s (kept as %s)", error, aside.name
+                )
                 continue
             file = _File(path, len(tables))
             for prompt_id, scored in groups.items():
@@ -295,7 +299,7 @@ def _read_groups(path: Path, schema: pa.Schema) -> dict[str, pa.Table]:
 
 def _write_final(done: Sequence[_Pending], path: Path, empty: Sequence[Path]) -> pa.Table:
     table = with_fates([p.table for p in done], [(p.fate or "", p.step) for p in done], [p.reference for p in done])
-    write_rows(table, path, compression="zstd", use_dictionary=_DICTIONARY)
+    write_rows(table, path, synced=True, compression="zstd", use_dictionary=_DICTIONARY)
     _unlink(empty)
     return table
 

@@ -353,11 +353,12 @@ def nothing_is_left_on_disk(run: Evidence) -> list[str]:
     out = []
     without = {row["id"] for row in run.rows if row["state"] in ("pending", "buffered")}
     for path in sorted((run.run_dir / "rollouts" / "pending").glob("*")):
+        if path.suffix == ".damaged":  # was put aside
+            continue
         try:
             ids = set(read_rows(path, SCHEMA).column("prompt_id").to_pylist())
-        except DataError:  # what was damaged is passed over, and stays
-            if not any(damage.where == "pending" for life in run.schedule.lives for damage in life.damage):
-                out.append(f"{path.name} cannot be read")
+        except DataError:
+            out.append(f"{path.name} cannot be read")
             continue
         if not ids & without:
             out.append(f"{path.name} is left, with {sorted(ids)}")

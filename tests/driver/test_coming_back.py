@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from rlsys.config.models import Config
 from rlsys.errors import EngineError, WorkerDied
 from rlsys.ledger.story import read_run, read_story
+from rlsys.roles import Probe, PublishedWeights
 from rlsys.sim.drive import Simulation, at, sim_config, simulate
-from rlsys.sim.roles import SimGenerator, SimLearner, SimReference
+from rlsys.sim.roles import SimGenerator, SimLearner, SimReference, Timing
 
 Act = Callable[[Simulation], None]
 
@@ -30,6 +32,14 @@ def trained(simulation: Simulation) -> dict[int, set[tuple[str, ...]]]:
         for batch in learner.batches:
             batches.setdefault(batch.version, set()).add(batch.prompt_ids)
     return batches
+
+
+def lengths(run_dir: Path) -> dict[tuple[str, int], int]:
+    """Tokens of every rollout on disk."""
+    tables = (
+        pq.read_table(path, columns=["prompt_id", "sample", "text"]) for path in run_dir.glob("rollouts/*.parquet")
+    )
+    return {(row["prompt_id"], row["sample"]): len(row["text"]) for table in tables for row in table.to_pylist()}
 
 
 def kill_at(seconds: float, *kinds: str) -> Act:
@@ -68,6 +78,26 @@ def test_a_rebuilt_learner_repeats_its_steps_from_the_store(
     repeated = [batch.version for batch in second.batches if batch in first.batches]
     newest = max((v for v in (0, 3, 6) if v <= len(first.batches)), default=0)
     assert repeated == list(range(newest, len(first.batches)))[: len(repeated)]
+
+
+def test_deaths_do_not_favour_short_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is long is in more deaths: it is sampled again with its own seed, and so as long as it would have been."""
+
+    async def same_weights(self: SimLearner) -> PublishedWeights:  # so that a prompt's seed alone says what is sampled
+        return PublishedWeights(self.version, {}, "the same", Probe((1, 2), (-0.5,)), gather_s=0.01)
+
+    def kill_now_and_then(simulation: Simulation) -> None:
+        for i in range(1, 40):
+            at(2.7 * i, lambda i=i: simulation.generators[-1 - i % 2].kill("SIGKILL"))  # type: ignore[misc]
+
+    monkeypatch.setattr(SimLearner, "publish", same_weights)
+    config = settings(2, steps=30, batch=4, samples=3)
+    timing = Timing(lengths=(2, 40), tokens_per_s=16.0)
+    _, undisturbed = simulate(config, tmp_path / "whole", timing=timing)
+    hit, summary = simulate(config, tmp_path / "hit", kill_now_and_then, timing=timing)
+    assert hit.spawns > 10
+    assert summary["fates"] == undisturbed["fates"] == {"trained": 120, "dropped": {}, "pending": 0}
+    assert lengths(tmp_path / "hit") == lengths(tmp_path / "whole")
 
 
 def test_the_generators_go_on_while_the_learner_is_rebuilt(tmp_path: Path) -> None:

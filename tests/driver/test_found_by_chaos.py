@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlsys.curricula.predicted_difficulty import PredictedDifficulty
+from rlsys.driver.checkpoints import Checkpoints
 from rlsys.driver.waiting import give_up
 from rlsys.errors import EngineError, HandleLost, LearnerError, WorkerDied
 from rlsys.ledger.story import read_run
@@ -48,6 +51,30 @@ def test_what_goes_on_in_a_later_step_is_drawn_again_once(tmp_path: Path) -> Non
     parts, summary = simulate(config, tmp_path / "parts", **windows())
     assert summary["fates"] == {"trained": 16, "dropped": {}, "pending": 0}
     assert parts.learner.state == whole.learner.state
+
+
+@pytest.mark.parametrize("when", [8.0, 13.0, 18.0, 23.0])
+def test_what_was_begun_since_the_checkpoint_goes_on_after_a_crash(tmp_path: Path, when: float) -> None:
+    """What goes on in a later step is known to the checkpoint only."""
+    config = sim_config(*(10, 2, 3), rollout={"max_new_tokens": 40}, checkpoint={"every": 4}, eval=NO_EVALUATION)
+    slow = Timing(lengths=(4, 32), step_s=3.0)  # groups wait for the learner
+    crashed(config, tmp_path, when, timing=slow, **windows())
+    _, summary = simulate(config, tmp_path, timing=slow, **windows())
+    assert summary["fates"]["trained"] == 20
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
+        drawn = {prompt_id for (prompt_id,) in db.execute("SELECT id FROM prompts")}
+    checkpoint = Checkpoints(tmp_path / "checkpoints").newest()
+    assert checkpoint is not None
+    carried = [choice for _, choice in checkpoint.manifest.drawing["carried"]]
+    known = drawn | {f"sim/{choice['row']}@{choice['epoch']}" for choice in carried}
+    unfinished = set()
+    for path in (tmp_path / "rollouts").glob("step-*.parquet"):
+        for row in pq.read_table(path).to_pylist():
+            begun = row["prompt_id"].count("/") * 12  # every window of 12 tokens
+            if row["finish_reason"] == "length" and begun < 40:
+                unfinished.add(f"{row['prompt_id']}/{row['sample']}")
+    assert unfinished
+    assert unfinished <= known
 
 
 @pytest.mark.parametrize("method", ["step", "publish"])

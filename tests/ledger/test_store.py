@@ -170,7 +170,7 @@ async def test_a_later_process_finds_what_was_buffered(tmp_path: Path) -> None:
     await after.settled(["p3"], "trained", 3)
     await after.roll_back(2)
     assert names(tmp_path) == ["step-000001.parquet", "step-000002.parquet"]
-    assert names(tmp_path / "pending") == ["000000009.parquet"]
+    assert names(tmp_path / "pending") == []
 
 
 async def test_groups_finished_together_share_a_file(tmp_path: Path) -> None:
@@ -213,6 +213,9 @@ async def test_a_damaged_file_of_buffered_groups_is_passed_over(
     [message] = caplog.messages
     assert "000000001.parquet is damaged" in message
     assert "sampled again" in message
+    assert "kept as 000000001.damaged" in message
+    assert list(await RolloutStore(tmp_path).load_buffered()) == ["p0", "p2"]
+    assert len(caplog.messages) == 1, "said once"
 
 
 def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
