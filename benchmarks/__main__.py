@@ -16,8 +16,8 @@ from rich.table import Table
 
 from benchmarks.common import Result, write
 
-NAMES = ("generator", "learner", "driver", "weight_update", "algorithms", "shared_prefix", "prefix_cache")
-TIMEOUT_S = 900
+NAMES = ("generator", "learner", "driver", "durability", "weight_update", "algorithms", "shared_prefix", "prefix_cache")
+TIMEOUT_S = 1200
 
 
 def main() -> None:

@@ -302,18 +302,28 @@ class Cost:
 
 
 def drive(
-    steps: int, prompts_per_step: int, samples: int, generators: int = 2, tokens: int = 16, on_disk: bool = True
+    steps: int,
+    prompts_per_step: int,
+    samples: int,
+    generators: int = 2,
+    tokens: int = 16,
+    on_disk: bool = True,
+    step_s: float = 0.0,
+    **options: Any,
 ) -> Cost:
-    """What the driver itself costs: the loop over roles that take no time. `on_disk`: with the Parquet store."""
+    """What the driver itself costs: the loop over roles that take no time, but for the learner's `step_s` seconds.
+
+    `on_disk`: with the Parquet store. `options` are those of `Simulation`.
+    """
     config = sim_config(
         *(steps, prompts_per_step, 1, generators, samples),
         eval={"before": False, "after": False, "prompts": 1},
         checkpoint={"every": 0},
     )
-    timing = Timing((tokens, tokens), None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    timing = Timing((tokens, tokens), None, 0.0, 0.0, step_s, 0.0, 0.0, 0.0)
 
     async def main(directory: Path) -> tuple[float, float]:
-        simulation = Simulation(config, directory, timing, store=None if on_disk else MemoryStore())
+        simulation = Simulation(config, directory, timing, store=None if on_disk else MemoryStore(), **options)
         started, cpu = time.perf_counter(), time.process_time()
         await simulation.run()
         return time.perf_counter() - started, time.process_time() - cpu
