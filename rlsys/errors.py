@@ -54,6 +54,10 @@ class DiskFullError(UserError):
     """No room is left for a file of the run. What was good before still is, and the same command goes on."""
 
 
+class PlacementError(RlsysError):
+    """The cluster has no room for a worker; the message says what was asked, what there is, and what is missing."""
+
+
 class EngineError(RlsysError):
     """A generation engine failed."""
 

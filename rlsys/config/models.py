@@ -369,6 +369,30 @@ class TrackersConfig(Strict):
     console: Literal["auto", "live", "plain", "none"] = Field("auto", description="auto: live on a terminal.")
 
 
+class Claim(Strict):
+    """What one worker of a role takes of its node, and which nodes it may be on."""
+
+    cpus: NonNegativeFloat | None = Field(None, description="null: the threads that it computes with.")
+    gpus: NonNegativeFloat | None = Field(None, description="null: what its role needs on this profile.")
+    memory_gib: PositiveFloat | None = Field(None, description="null: memory is not claimed.")
+    custom: dict[str, PositiveFloat] = Field({}, description="Custom resources of Ray.")
+    labels: dict[str, str] = Field(
+        {}, description="Of the node, as Ray selects them: value, !value, in(a,b), !in(a,b)."
+    )
+    strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] | None = Field(
+        None, description="Of the workers of a role over nodes. null: pack the learner, spread the others."
+    )
+
+
+class ClaimsConfig(Strict):
+    """What the roles claim of a cluster."""
+
+    learner: Claim = Claim()
+    generator: Claim = Claim()
+    rewarder: Claim = Claim()
+    reference: Claim = Claim()
+
+
 class ResourcesConfig(Strict):
     """What the run may use of the machine or cluster."""
 
@@ -376,6 +400,10 @@ class ResourcesConfig(Strict):
     memory_gib: PositiveFloat | None = Field(None, description="null: what the machine has.")
     object_store_gib: PositiveFloat = 0.5
     ray_address: str | None = Field(None, description="null: a private cluster on this machine; auto: the running one.")
+    roles: ClaimsConfig = ClaimsConfig()
+    placement_timeout_s: NonNegativeFloat = Field(
+        0.0, description="How long to wait for room on the cluster, such as nodes that an autoscaler adds."
+    )
 
 
 class Sizes(Strict):

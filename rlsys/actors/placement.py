@@ -1,0 +1,148 @@
+"""Places on a Ray cluster: one placement group a worker, on the node that `rlsys.placement.fit` has chosen.
+
+All that a run starts with are made at once, and either all of them are there within the deadline or none is kept. A
+worker that is restarted has the place that the one before had; when its node is lost, Ray finds another. One that joins
+later has its place made then, and one that leaves gives it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlsys.errors import PlacementError
+from rlsys.placement.fit import Placement, amounts, fit
+from rlsys.placement.needs import Need
+from rlsys.placement.nodes import Node
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+ANYWHERE: Mapping[str, Any] = {"num_cpus": 0}  # for an actor that claims nothing
+READY_S = 30.0  # for Ray to make groups that there is room for
+_ADVICE = (
+    "Ask for less (the sizes, or resources.roles), free the cluster, or set resources.placement_timeout_s to wait for "
+    "nodes that an autoscaler adds"
+)
+
+
+def nodes_of_cluster() -> list[Node]:
+    """The nodes of the cluster that this process has joined, as they are now."""
+    from ray._private.state import available_resources_per_node  # there is no public way to ask
+
+    free = available_resources_per_node()
+    return [
+        Node(
+            node["NodeManagerAddress"],
+            node["Resources"],
+            free.get(node["NodeID"], {}),
+            node.get("Labels", {}),
+            node["NodeID"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+class Places:
+    """Where the workers of a run are. `timeout_s`: how long to wait for room."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._groups: dict[str, tuple[PlacementGroup, Need]] = {}
+
+    async def reserve(self, needs: Sequence[Need]) -> None:
+        """Make a place for every worker that has none.
+
+        Raises PlacementError, and keeps none of these, when there is no room for all of them.
+        """
+        wanted = [replace(need, workers=tuple(w for w in need.workers if w not in self._groups)) for need in needs]
+        placement = fit(wanted, nodes_of_cluster())
+        if placement.missing and not self._timeout_s:
+            raise PlacementError(f"the cluster has no room for the run:\n{describe(placement)}\n{_ADVICE}")
+        # Those without a node are asked for as well: that is how an autoscaler hears of them.
+        made = {w: (_group(w, need, placement.node(w)), need) for need in wanted for w in need.workers}
+        try:
+            limit = self._timeout_s if placement.missing else READY_S
+            late = await _not_ready({worker: group for worker, (group, _) in made.items()}, limit)
+            if late and placement.missing:
+                now = describe(fit(wanted, nodes_of_cluster()))
+                key = "resources.placement_timeout_s"
+                raise PlacementError(
+                    f"the cluster has no room for the run after {limit:g} s ({key}):\n{now}\n{_ADVICE}"
+                )
+            if late:
+                raise PlacementError(f"Ray did not place {', '.join(late)} within {limit:g} s, where there was room")
+        except BaseException:
+            for group, _ in made.values():
+                remove_placement_group(group)
+            raise
+        self._groups |= made
+
+    async def options(self, need: Need) -> list[dict[str, Any]]:
+        """How to start the actors of workers: on their places, with what they claim there."""
+        await self.reserve([need])
+        return [_options(*self._groups[worker]) for worker in need.workers]
+
+    def release(self, worker: str) -> None:
+        """Give back the place of a worker that has left, if it has one."""
+        if held := self._groups.pop(worker, None):
+            remove_placement_group(held[0])
+
+    def close(self) -> None:
+        for worker in list(self._groups):
+            self.release(worker)
+
+
+def describe(placement: Placement) -> str:
+    """What is missing, and what every node has left."""
+    nodes = "\n".join(
+        f"  {node.name}: {amounts(node.free, _shown(node))} left of {amounts(node.total, _shown(node))}"
+        for node in placement.nodes
+    )
+    missing = "\n".join(f"  {line}" for line in placement.missing)
+    return f"{missing}\nIts nodes:\n{nodes or '  none'}"
+
+
+def _shown(node: Node) -> dict[str, float]:
+    """Not what Ray adds for itself."""
+    return {n: a for n, a in node.total.items() if not n.startswith("node:") and n != "object_store_memory"}
+
+
+def _group(worker: str, need: Need, node: Node | None) -> PlacementGroup:
+    return placement_group(
+        [dict(need.resources)],
+        strategy="STRICT_PACK",
+        name=worker,
+        bundle_label_selector=[dict(need.labels)] if need.labels else None,
+        _soft_target_node_id=node.id if node else None,
+    )
+
+
+async def _not_ready(groups: Mapping[str, PlacementGroup], timeout_s: float) -> list[str]:
+    """The workers whose places are not there in time."""
+    waiting = {asyncio.ensure_future(_awaited(group)): worker for worker, group in groups.items()}
+    if not waiting:
+        return []
+    _, late = await asyncio.wait(waiting, timeout=timeout_s)
+    for task in late:
+        task.cancel()
+    return [waiting[task] for task in late]
+
+
+async def _awaited(group: PlacementGroup) -> None:
+    await group.ready()
+
+
+def _options(group: PlacementGroup, need: Need) -> dict[str, Any]:
+    claims = dict(need.resources)
+    options: dict[str, Any] = {"num_cpus": claims.pop("CPU", 0), "num_gpus": claims.pop("GPU", 0)}
+    if memory := claims.pop("memory", 0):
+        options["memory"] = int(memory)
+    return options | {"resources": claims, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0)}
