@@ -54,7 +54,11 @@ class DiskFullError(UserError):
     """No room is left for a file of the run. What was good before still is, and the same command goes on."""
 
 
-class PlacementError(RlsysError):
+class ClusterError(RlsysError):
+    """A Ray cluster cannot be reached, or refuses what it is asked for."""
+
+
+class PlacementError(ClusterError):
     """The cluster has no room for a worker; the message says what was asked, what there is, and what is missing."""
 
 

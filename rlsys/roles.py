@@ -248,7 +248,8 @@ class Roles:
     """How the driver gets what it works with: `spawn_*` start a role, the first time and after every death.
 
     A generator and a reward worker are started by name; the learner with the config that it is to have, whose number
-    of ranks may change in the course of a run. There is no reference where the algorithm needs none.
+    of ranks may change in the course of a run. There is no reference where the algorithm needs none. `release` gives
+    back the place of a worker that will not be started again.
     """
 
     store: RolloutStore
@@ -256,6 +257,7 @@ class Roles:
     spawn_rewarder: Callable[[str], Awaitable[Rewarder]]
     spawn_learner: Callable[[Config], Awaitable[Learner]]
     spawn_reference: Callable[[], Awaitable[Reference]] | None
+    release: Callable[[str], None] = lambda name: None
 
 
 class RolloutStore(Protocol):

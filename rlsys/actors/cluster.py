@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
@@ -19,12 +20,17 @@ import ray
 from rlsys.actors import processes
 from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
+from rlsys.actors.placement import Places, nodes_of_cluster
 from rlsys.actors.reference import start_reference
 from rlsys.actors.rewards import start_rewarder
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
+from rlsys.config.plan import Facts, make_plan, this_machine
+from rlsys.errors import ClusterError
 from rlsys.ledger.store import RolloutStore
+from rlsys.placement.needs import Need, needs_of
+from rlsys.placement.nodes import Node
 from rlsys.roles import Roles
 
 logger = logging.getLogger(__name__)
@@ -34,18 +40,47 @@ def start_cluster(config: Config) -> None:
     """Join the configured Ray cluster, or start a private one on this machine."""
     # Ray reports its use over the network unless told otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": f"rlsys-{config.run.name}"}
+    namespace = f"rlsys-{config.run.name}"
     if config.resources.ray_address is not None:
-        ray.init(address=config.resources.ray_address, **common)
+        join(config.resources.ray_address, namespace=namespace)
         return
-    workers = config.rollout.generators + config.learner.ranks + config.rewards.workers + 1
+    claimed = sum(need.resources.get("CPU", 0) * len(need.workers) for need in needs(config))
     ray.init(
         address="local",
         include_dashboard=False,
-        num_cpus=max(workers, config.resources.cores or os.cpu_count() or 1),
+        # Whether the machine is large enough is the plan's affair: workers take turns where it has fewer cores.
+        num_cpus=max(math.ceil(claimed), config.resources.cores or os.cpu_count() or 1),
         object_store_memory=int(config.resources.object_store_gib * 2**30),
-        **common,
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace=namespace,
     )
+
+
+def looked_at(address: str) -> list[Node]:
+    """The nodes of a live cluster, which is left again. Raises ClusterError when there is none at the address."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    join(address, namespace="rlsys-plan")
+    try:
+        return nodes_of_cluster()
+    finally:
+        ray.shutdown()
+
+
+def join(address: str, **options: Any) -> None:
+    """Raises ClusterError, which names the address."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Ray cluster can be joined at {address!r} (resources.ray_address): {str(error).splitlines()[0]}"
+        ) from error
+
+
+def needs(config: Config) -> list[Need]:
+    """What the roles of a run claim."""
+    facts = Facts(needs_reference=Algorithm.from_config(config.algorithm).needs.reference)
+    return needs_of(config, make_plan(config, facts, this_machine(config)).roles)
 
 
 async def fetch(handle: Any) -> Any:
@@ -77,8 +112,9 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
     # Actors on other nodes, and those of a cluster that was there before, have other working directories.
     config, model_path = with_absolute_folders(config), absolute_folder(model_path)
     algorithm = Algorithm.from_config(config.algorithm)
-    needs, strategy = algorithm.needs, bound_strategy(algorithm, config, model_path)
+    strategy = bound_strategy(algorithm, config, model_path)
     start_cluster(config)
+    places = Places(needs(config), config.resources.placement_timeout_s)
     started: dict[str, Any] = {}  # the newest of each name: the driver has ended the others
 
     async def keep(starting: Awaitable[Any]) -> Any:
@@ -87,24 +123,28 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         return role
 
     async def spawn_generator(name: str) -> Any:
-        return await keep(start_generator(name, config, model_path))
+        return await keep(start_generator(name, config, model_path, place=await places.options(name)))
 
     async def spawn_rewarder(name: str) -> Any:
-        return await keep(start_rewarder(name, config.rewards, strategy, config.rollout.on_refused))
+        place = await places.options(name)
+        return await keep(start_rewarder(name, config.rewards, strategy, config.rollout.on_refused, place))
 
     async def spawn_learner(shape: Config) -> Any:
-        return await keep(start_learner(shape, model_path))
+        [need] = [need for need in needs(shape) if need.role == "learner"]
+        return await keep(start_learner(shape, model_path, places=await places.resize(need)))
 
     async def spawn_reference() -> Any:
-        return await keep(start_reference(config, model_path))
+        return await keep(start_reference(config, model_path, await places.options("reference")))
 
     try:
+        await places.reserve()
         yield Roles(
             store=RolloutStore(run_dir / "rollouts", fetch, put),
             spawn_generator=spawn_generator,
             spawn_rewarder=spawn_rewarder,
             spawn_learner=spawn_learner,
-            spawn_reference=spawn_reference if needs.reference else None,
+            spawn_reference=spawn_reference if algorithm.needs.reference else None,
+            release=places.release,
         )
     finally:
         await end_cluster(list(started.values()))

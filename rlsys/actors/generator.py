@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,12 +14,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rlsys.actors.answers import answer
+from rlsys.actors.placement import ANYWHERE
 from rlsys.actors.processes import Process, Shell, close, first_line, starting
 from rlsys.boundary import check_sampled
 from rlsys.config.models import Config
 from rlsys.errors import EngineError
 from rlsys.roles import Generated, ProcessReport, PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.engine import VllmGenerator
+from rlsys.secrets import OF_MODELS, blanks
 from rlsys.types import GroupInfo, Prompt, RolloutGroup, group_info
 
 if TYPE_CHECKING:
@@ -169,23 +172,26 @@ class RayGenerator:
 
 
 async def start_generator(
-    name: str, config: Config, model_path: str | Path, version: int = 0, factory: EngineFactory = VllmGenerator
+    name: str,
+    config: Config,
+    model_path: str | Path,
+    version: int = 0,
+    factory: EngineFactory = VllmGenerator,
+    place: Mapping[str, Any] = ANYWHERE,
 ) -> RayGenerator:
     """Start a generator and wait until it can sample.
 
-    It claims its GPUs but no CPU: cores are planned by the number of workers. `version` is what its weights are
-    labelled with until the first update. Raises EngineError past `rollout.start_timeout_s`, WorkerDied, and what the
+    `place` are Ray's options for where it runs, and what it claims there; `version` is what its weights are labelled
+    with until the first update. Raises EngineError past `rollout.start_timeout_s`, WorkerDied, and what the
     engine raises; failures come with what the process printed last.
     """
-    gpus = config.rollout.engine.tensor_parallel if config.profile == "gpu" else 0
     remote: Any = ray.remote(GeneratorActor)
     actor: ActorHandle[Any] = remote.options(
-        num_cpus=0,
-        num_gpus=gpus,
+        **place,
         max_restarts=0,  # one that died is replaced by the driver, which knows what it was doing
         max_task_retries=0,
         max_concurrency=MAX_CALLS,
-        scheduling_strategy="SPREAD",  # over the nodes: the loss of one is then the loss of few
+        runtime_env={"env_vars": blanks(os.environ, OF_MODELS)},
     ).remote(factory, name, config, Path(model_path), version)
     process = Process(name, actor)
     async with starting(process):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import ray
 
 from rlsys.actors.answers import answer_or_death
+from rlsys.actors.placement import ANYWHERE
 from rlsys.actors.processes import SIGNS, Process, Shell, close, starting
 from rlsys.algorithms.compose import Algorithm
 from rlsys.config.models import Config
@@ -19,6 +21,7 @@ from rlsys.errors import LearnerError, WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
 from rlsys.roles import Handle, ProcessReport, PublishedWeights, StepReport, TrainItem
+from rlsys.secrets import OF_MODELS, blanks
 from rlsys.types import Prompt
 from rlsys.weights import nccl
 from rlsys.weights.nccl import Connect, Sender
@@ -223,10 +226,12 @@ class RayLearner:
                 task.cancel()
 
 
-async def start_learner(config: Config, model_path: Path, connect: Connect = nccl.connect) -> RayLearner:
+async def start_learner(
+    config: Config, model_path: Path, connect: Connect = nccl.connect, places: Sequence[Mapping[str, Any]] = ()
+) -> RayLearner:
     """Start all ranks and wait until they have met and loaded the model.
 
-    `connect` is how weights are sent with `weights.engine: nccl`.
+    `connect` is how weights are sent with `weights.engine: nccl`; `places` are Ray's options for where each rank runs.
 
     Raises DataError or ConfigError for what cannot work, WorkerDied when a rank ends, LearnerError when they are not
     ready within `learner.start_timeout_s`; each with what the ranks printed last.
@@ -238,15 +243,15 @@ async def start_learner(config: Config, model_path: Path, connect: Connect = ncc
         # A generator that dies while it receives may leave a thread behind; its successor needs another one.
         beside[SENDING] = 4 * config.rollout.generators
     remote = options(
-        num_cpus=0,
-        num_gpus=1 if config.profile == "gpu" else 0,
         max_restarts=0,
         max_task_retries=0,
         # Threads that spin while they wait take the cores from the generator, and from each other: 4 times slower
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **blanks(os.environ, OF_MODELS)}},
         concurrency_groups=beside,
     )(LearnerActor)
-    actors: list[ActorHandle[Any]] = [remote.remote(connect) for _ in range(config.learner.ranks)]
+    actors: list[ActorHandle[Any]] = [
+        remote.options(**place).remote(connect) for place in places or [ANYWHERE] * config.learner.ranks
+    ]
     processes = [Process(f"learner-{rank}", actor) for rank, actor in enumerate(actors)]
     sender = RaySender(actors[0]) if config.weights.engine == "nccl" else None
     learner = RayLearner(actors, processes, config.learner.step_timeout_s, sender)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 ANYWHERE: Mapping[str, Any] = {"num_cpus": 0}  # for an actor that claims nothing
+_NODES = 16  # in a message
 READY_S = 30.0  # for Ray to make groups that there is room for
 _ADVICE = (
     "Ask for less (the sizes, or resources.roles), free the cluster, or set resources.placement_timeout_s to wait for "
@@ -53,15 +54,37 @@ def nodes_of_cluster() -> list[Node]:
 class Places:
     """Where the workers of a run are. `timeout_s`: how long to wait for room."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, needs: Sequence[Need], timeout_s: float) -> None:
+        self._needs = {need.role: need for need in needs}
         self._timeout_s = timeout_s
         self._groups: dict[str, tuple[PlacementGroup, Need]] = {}
 
-    async def reserve(self, needs: Sequence[Need]) -> None:
-        """Make a place for every worker that has none.
+    async def reserve(self) -> None:
+        """Make the places of all that the run starts with. Raises PlacementError."""
+        await self._make(list(self._needs.values()))
 
-        Raises PlacementError, and keeps none of these, when there is no room for all of them.
-        """
+    async def options(self, worker: str) -> dict[str, Any]:
+        """How to start the actor of a worker: at its place, which is made if there is none. Raises PlacementError."""
+        need = self._needs[worker.partition("-")[0]]
+        await self._make([replace(need, workers=(worker,))])
+        return _options(*self._groups[worker])
+
+    async def resize(self, need: Need) -> list[dict[str, Any]]:
+        """Have places for these workers of a role and for no others; returns the options of each."""
+        self._needs[need.role] = need
+        for worker, (_, held) in list(self._groups.items()):
+            if held.role == need.role and (worker not in need.workers or held.resources != need.resources):
+                self.release(worker)
+        await self._make([need])
+        return [_options(*self._groups[worker]) for worker in need.workers]
+
+    def release(self, worker: str) -> None:
+        """Give back the place of a worker that has left, if it has one."""
+        if held := self._groups.pop(worker, None):
+            remove_placement_group(held[0])
+
+    async def _make(self, needs: Sequence[Need]) -> None:
+        """Make a place for every worker that has none, or, when there is no room for all of them, for none."""
         wanted = [replace(need, workers=tuple(w for w in need.workers if w not in self._groups)) for need in needs]
         placement = fit(wanted, nodes_of_cluster())
         if placement.missing and not self._timeout_s:
@@ -73,10 +96,8 @@ class Places:
             late = await _not_ready({worker: group for worker, (group, _) in made.items()}, limit)
             if late and placement.missing:
                 now = describe(fit(wanted, nodes_of_cluster()))
-                key = "resources.placement_timeout_s"
-                raise PlacementError(
-                    f"the cluster has no room for the run after {limit:g} s ({key}):\n{now}\n{_ADVICE}"
-                )
+                waited = f"after {limit:g} s (resources.placement_timeout_s)"
+                raise PlacementError(f"the cluster has no room for the run {waited}:\n{now}\n{_ADVICE}")
             if late:
                 raise PlacementError(f"Ray did not place {', '.join(late)} within {limit:g} s, where there was room")
         except BaseException:
@@ -85,27 +106,15 @@ class Places:
             raise
         self._groups |= made
 
-    async def options(self, need: Need) -> list[dict[str, Any]]:
-        """How to start the actors of workers: on their places, with what they claim there."""
-        await self.reserve([need])
-        return [_options(*self._groups[worker]) for worker in need.workers]
-
-    def release(self, worker: str) -> None:
-        """Give back the place of a worker that has left, if it has one."""
-        if held := self._groups.pop(worker, None):
-            remove_placement_group(held[0])
-
-    def close(self) -> None:
-        for worker in list(self._groups):
-            self.release(worker)
-
 
 def describe(placement: Placement) -> str:
     """What is missing, and what every node has left."""
     nodes = "\n".join(
         f"  {node.name}: {amounts(node.free, _shown(node))} left of {amounts(node.total, _shown(node))}"
-        for node in placement.nodes
+        for node in placement.nodes[:_NODES]
     )
+    if len(placement.nodes) > _NODES:
+        nodes += f"\n  and {len(placement.nodes) - _NODES} more"
     missing = "\n".join(f"  {line}" for line in placement.missing)
     return f"{missing}\nIts nodes:\n{nodes or '  none'}"
 

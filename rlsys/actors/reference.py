@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ import numpy as np
 import ray
 
 from rlsys.actors.answers import answer_or_death
+from rlsys.actors.placement import ANYWHERE
 from rlsys.actors.processes import SIGNS, Process, Shell, close, starting
 from rlsys.config.models import Config
 from rlsys.errors import WorkerDied
 from rlsys.reference.server import ReferenceServer
 from rlsys.roles import Handle, ProcessReport, PublishedWeights
+from rlsys.secrets import OF_MODELS, blanks
 from rlsys.types import ScoredGroup
 from rlsys.weights.publish import unpack, verify
 
@@ -96,20 +99,19 @@ class RayReference:
         return value
 
 
-async def start_reference(config: Config, model_path: Path) -> RayReference:
-    """Start the server and wait until its model is loaded.
+async def start_reference(config: Config, model_path: Path, place: Mapping[str, Any] = ANYWHERE) -> RayReference:
+    """Start the server and wait until its model is loaded. `place` are Ray's options for where it runs.
 
     Raises DataError for a model that does not load, and WorkerDied when the process ends or is not ready within
     `reference.start_timeout_s`, with what it printed last.
     """
     options: Any = ray.remote  # whose types do not know concurrency groups
     remote = options(
-        num_cpus=0,
-        num_gpus=1 if config.profile == "gpu" else 0,
+        **place,
         max_restarts=0,
         max_task_retries=0,
-        scheduling_strategy="SPREAD",
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},  # see rlsys.actors.learner
+        # see rlsys.actors.learner
+        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **blanks(os.environ, OF_MODELS)}},
         concurrency_groups={SIGNS: 1},
     )(ReferenceActor)
     actor: ActorHandle[Any] = remote.remote()

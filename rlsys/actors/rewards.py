@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from rlsys.actors.answers import answer
+from rlsys.actors.placement import ANYWHERE
 from rlsys.actors.processes import Process, Shell, close, starting
 from rlsys.boundary import OnRefused, check_received
 from rlsys.config.models import RewardsConfig
@@ -18,6 +20,7 @@ from rlsys.errors import WorkerDied
 from rlsys.rewards.setup import with_absolute_paths
 from rlsys.rewards.worker import RewardWorker, default_search_path
 from rlsys.roles import Branch, Handle, ProcessReport, Scored
+from rlsys.secrets import blanks
 from rlsys.segments import Strategy, scored
 from rlsys.types import GroupInfo, RolloutGroup, ScoredGroup, group_info
 
@@ -109,19 +112,25 @@ class RayRewarder:
 
 
 async def start_rewarder(
-    name: str, config: RewardsConfig, strategy: Strategy | None = None, on_refused: OnRefused = "retry"
+    name: str,
+    config: RewardsConfig,
+    strategy: Strategy | None = None,
+    on_refused: OnRefused = "retry",
+    place: Mapping[str, Any] = ANYWHERE,
 ) -> RayRewarder:
     """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied,
     with what the process printed last.
 
-    Its functions are found on the caller's module path and in its working directory. It claims no CPU: cores are
-    planned by the number of workers. `on_refused` is that of `rollout`.
+    Its functions are found on the caller's module path and in its working directory. `on_refused` is that of
+    `rollout`; `place` are Ray's options for where it runs, and what it claims there.
     """
-    # A worker that died is replaced by the driver, which knows what it was doing.
-    remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")(RewardActor)
-    actor: ActorHandle[Any] = remote.remote(
-        name, with_absolute_paths(config), default_search_path(), strategy, on_refused
-    )
+    remote: Any = ray.remote(RewardActor)
+    actor: ActorHandle[Any] = remote.options(
+        **place,
+        max_restarts=0,  # a worker that died is replaced by the driver, which knows what it was doing
+        max_task_retries=0,
+        runtime_env={"env_vars": blanks(os.environ, config.secrets)},
+    ).remote(name, with_absolute_paths(config), default_search_path(), strategy, on_refused)
     process = Process(name, actor)
     async with starting(process):
         try:

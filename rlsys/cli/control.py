@@ -1,4 +1,5 @@
-"""`rlsys status` and `rlsys scale`: a running driver is asked, and told; of one that has ended, what is left."""
+"""`rlsys status`, `rlsys scale` and `rlsys stop`: a running driver is asked, and told; of one that
+has ended, what is left."""
 
 from __future__ import annotations
 
@@ -50,6 +51,13 @@ def scale(run_dir: Path, sizes: Sizes) -> None:
         print(line)
     if said:
         print(f"under way; `rlsys status {run_dir}` shows it")
+
+
+def stop(run_dir: Path) -> None:
+    """Have a running job end after its step, with a checkpoint. Raises RunDirError when none is running."""
+    _check(run_dir)
+    for line in asyncio.run(ask(run_dir, {"ask": "stop"}))["said"]:
+        print(line)
 
 
 def _check(run_dir: Path) -> None:

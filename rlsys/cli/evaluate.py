@@ -118,20 +118,28 @@ async def _score(
 @asynccontextmanager
 async def _workers(config: Config, model: Path) -> AsyncIterator[tuple[list[Generator], list[Rewarder]]]:
     """The generators and reward workers alone; ended on the way out."""
-    from rlsys.actors.cluster import end_cluster, start_cluster
+    from rlsys.actors.cluster import end_cluster, needs, start_cluster
     from rlsys.actors.generator import start_generator
+    from rlsys.actors.placement import Places
     from rlsys.actors.rewards import start_rewarder
+    from rlsys.placement.needs import worker_names
 
     start_cluster(config)
     started: list[Generator | Rewarder] = []
+    places = Places(
+        [n for n in needs(config) if n.role in ("generator", "rewarder")], config.resources.placement_timeout_s
+    )
     try:
+        await places.reserve()
         async with asyncio.timeout(config.rollout.start_timeout_s):
+            names = worker_names("generator", config.rollout.generators)
             generators = await asyncio.gather(
-                *(start_generator(f"generator-{i}", config, model) for i in range(config.rollout.generators))
+                *[start_generator(name, config, model, place=await places.options(name)) for name in names]
             )
             started += generators
+            names = worker_names("rewarder", config.rewards.workers)
             rewarders = await asyncio.gather(
-                *(start_rewarder(f"rewarder-{i}", config.rewards) for i in range(config.rewards.workers))
+                *[start_rewarder(name, config.rewards, place=await places.options(name)) for name in names]
             )
             started += rewarders
         yield list(generators), list(rewarders)

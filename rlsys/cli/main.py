@@ -26,6 +26,16 @@ app = typer.Typer(
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run directory; with --address, a job's id or the name of its run.", show_default=False
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Of a Ray cluster's dashboard, such as http://head:8265.", show_default=False),
+]
 _HOW = "\n\nKeys of the config are set with `--dotted.key value`, after CONFIG."
 
 
@@ -43,10 +53,19 @@ def train(
 
 
 @app.command(context_settings=_OVERRIDES, help="Print the resolved config and its arithmetic; start nothing." + _HOW)
-def plan(context: typer.Context, config: ConfigPath) -> None:
+def plan(
+    context: typer.Context,
+    config: ConfigPath,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE or ADDRESS", help="Place the workers on these nodes: a YAML file, or a Ray cluster (auto)."
+        ),
+    ] = None,
+) -> None:
     from rlsys.cli.plan import plan as run
 
-    run(_checked_path(config), context.args)
+    run(_checked_path(config), context.args, cluster)
 
 
 @app.command("eval", context_settings=_OVERRIDES, help="Evaluate a model on the held-out prompts." + _HOW)
@@ -86,27 +105,86 @@ def inspect(
 
 @app.command(help="How a run stands: its roles, versions, queues, restarts and newest incident.")
 def status(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; only of a run that is going on.")] = False,
+    address: Address = None,
 ) -> None:
-    from rlsys.cli.control import status as run
+    if address is not None:
+        from rlsys.cli.jobs import order
 
-    run(run_dir, as_json)
+        order(address, run, "status", ["--json"] if as_json else [])
+        return
+    from rlsys.cli.control import status as here
+
+    here(Path(run), as_json)
 
 
 @app.command(help="Change the sizes of a run that is going on.")
 def scale(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    run: Run,
     generators: Annotated[int | None, typer.Option(min=1)] = None,
     reward_workers: Annotated[int | None, typer.Option(min=1)] = None,
     learner_ranks: Annotated[int | None, typer.Option(min=1, help="The learner goes on from a checkpoint.")] = None,
     zero_stage: Annotated[int | None, typer.Option(min=0, max=3, help="The learner goes on from a checkpoint.")] = None,
+    address: Address = None,
 ) -> None:
-    from rlsys.cli.control import scale as run
     from rlsys.config.models import Sizes
 
-    sizes = {"generators": generators, "reward_workers": reward_workers}
-    run(run_dir, Sizes.model_validate({**sizes, "learner_ranks": learner_ranks, "zero_stage": zero_stage}))
+    given = {"generators": generators, "reward_workers": reward_workers}
+    sizes = Sizes.model_validate({**given, "learner_ranks": learner_ranks, "zero_stage": zero_stage})
+    if address is not None:
+        from rlsys.cli.jobs import order
+
+        wanted = sizes.model_dump(exclude_none=True)
+        order(address, run, "scale", [f"--{key.replace('_', '-')}={value}" for key, value in wanted.items()])
+        return
+    from rlsys.cli.control import scale as here
+
+    here(Path(run), sizes)
+
+
+@app.command(help="Have a run that is going on end after its step, with a checkpoint.")
+def stop(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="Of a job: end its processes, without a checkpoint.")] = False,
+    address: Address = None,
+) -> None:
+    if address is not None:
+        from rlsys.cli.jobs import stop as job
+
+        job(address, run, now)
+        return
+    from rlsys.cli.control import stop as here
+
+    here(Path(run))
+
+
+@app.command(
+    context_settings=_OVERRIDES, help="Train as a job of a Ray cluster, supervised, and show what it prints." + _HOW
+)
+def submit(
+    context: typer.Context,
+    config: ConfigPath,
+    address: Address = None,
+    working_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Sent along: the config and your code are in it.")
+    ] = Path(),
+    wait: Annotated[bool, typer.Option(help="Show what the job prints, until it ends.")] = True,
+) -> None:
+    from rlsys.cli.jobs import submit as run
+
+    run(_checked_path(config), context.args, address, working_dir, wait)
+
+
+@app.command(help="What a job has printed.")
+def logs(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Its id, or the name of its run.", show_default=False)],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="And goes on to print, until it ends.")] = False,
+    address: Address = None,
+) -> None:
+    from rlsys.cli.jobs import logs as run
+
+    run(address, job, follow)
 
 
 @app.command(help="Copy the model of a checkpoint, as an ordinary Hugging Face folder.")

@@ -13,16 +13,62 @@ from rich.table import Table
 from rlsys.cli.checks import Checked, check_config
 from rlsys.config.loading import load_config, to_yaml
 from rlsys.config.plan import Plan
+from rlsys.errors import PlacementError
+from rlsys.placement.fit import Placement, amounts, fit
+from rlsys.placement.needs import needs_of
+from rlsys.placement.nodes import Node, read_nodes
+
+_SHOWN = ("CPU", "GPU", "memory")
 
 
-def plan(path: Path, overrides: Sequence[str]) -> None:
-    """Print the config, the preset resolved too, then the plan. Raises UserError for what cannot work."""
+def plan(path: Path, overrides: Sequence[str], cluster: str | None = None) -> None:
+    """Print the config, the preset resolved too, then the plan, and where a `cluster` would have the workers.
+
+    `cluster` is the address of a live one, or a file that describes one. Raises UserError for what cannot work,
+    PlacementError when there is no room.
+    """
     config = load_config(path, overrides)
+    if cluster is not None:
+        address = None if Path(cluster).is_file() else cluster
+        resources = config.resources.model_copy(update={"ray_address": address or "described"})
+        config = config.model_copy(update={"resources": resources})
     checked = check_config(config)
     console = Console()
     values = config.model_dump(mode="json") | {"algorithm": checked.algorithm}
     console.print(Syntax(to_yaml(values), "yaml", background_color="default", word_wrap=True))
     console.print(render(checked))
+    if cluster is not None:
+        nodes = read_nodes(Path(cluster)) if Path(cluster).is_file() else _live(cluster)
+        placement = fit(needs_of(config, checked.plan.roles), nodes)
+        console.print(_placed(placement))
+        if placement.missing:
+            raise PlacementError("the cluster has no room for the run:\n  " + "\n  ".join(placement.missing))
+
+
+def _live(address: str) -> list[Node]:
+    from rlsys.actors.cluster import looked_at
+
+    return looked_at(address)
+
+
+def _placed(placement: Placement) -> Table:
+    """Which workers every node has; nodes of the same kind with the same workers in one row."""
+    table = Table(title="Placement", title_justify="left")
+    for column in ("nodes", "workers", "left"):
+        table.add_column(column)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for index, node in enumerate(placement.nodes):
+        here: dict[str, list[str]] = {}
+        for worker, at in placement.places.items():
+            if at == index:
+                here.setdefault(worker.partition("-")[0], []).append(worker.partition("-")[2])
+        left = {name: amount for name, amount in placement.left(index).items() if name in _SHOWN or amount}
+        counted = ", ".join(f"{len(numbers)} {role}" for role, numbers in here.items())
+        kinds.setdefault((counted or "-", amounts(left)), []).append(node.name)
+    for (workers, left), names in kinds.items():
+        several = f"{names[0]} to {names[-1]} ({len(names)})" if len(names) > 2 else ", ".join(names)
+        table.add_row(several, workers, left)
+    return table
 
 
 def render(checked: Checked) -> Group:
@@ -109,5 +155,5 @@ def _workers(plan: Plan) -> Table:
             cells.append(str(role.gpus))
         table.add_row(*cells, f"{role.memory_gib:.2f} GiB")
     if plan.cluster is not None:
-        table.caption = f"These workers go to the cluster at {plan.cluster}, which is not looked at here."
+        table.caption = f"These workers go to the cluster at {plan.cluster}."
     return table

@@ -211,6 +211,9 @@ class RewardsConfig(Strict):
         "mask",
         description="A reward that raised, timed out or is no score (see range): mask that rollout, or stop the run.",
     )
+    secrets: tuple[str, ...] = Field(
+        (), description="Variables with keys, such as JUDGE_API_KEY, that the functions may see; they see no others."
+    )
 
 
 # ---- reference ----------------------------------------------------------------------------------------------------

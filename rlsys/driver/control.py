@@ -2,6 +2,7 @@
 
     {"ask": "status"}                                           -> {"status": {...}}
     {"ask": "scale", "sizes": {"generators": 3}}                -> {"said": ["generators: 2 -> 3"]}
+    {"ask": "stop"}                                             -> {"said": ["it stops after this step, ..."]}
     anything that does not work                                 -> {"error": "what is wrong"}
 
 Whoever may write to the run directory may give orders.
@@ -35,6 +36,10 @@ class Controlled(Protocol):
 
     def scale(self, sizes: Sizes) -> list[str]:
         """Begin to change the sizes; says what is changed."""
+        ...
+
+    def stop(self) -> None:
+        """End after this step, with a checkpoint."""
         ...
 
 
@@ -94,9 +99,12 @@ def _answer(driver: Controlled, line: bytes) -> dict[str, Any]:
                 return {"status": driver.status()}
             case {"ask": "scale", "sizes": sizes}:
                 return {"said": driver.scale(Sizes.model_validate(sizes))}
+            case {"ask": "stop"}:
+                driver.stop()
+                return {"said": ["it stops after this step, with a checkpoint; the same command goes on from there"]}
     except ValueError as error:  # JSON's and pydantic's are ValueErrors
         return {"error": str(error)}
-    return {"error": "it understands the questions status and scale"}
+    return {"error": "it understands status, scale and stop"}
 
 
 def _remove(path: str) -> None:

@@ -18,15 +18,22 @@ WORK_NAMED = 3  # pieces of work that a message names
 
 
 class Incidents:
-    """`moved` is called when the set of healthy workers may have changed; `state` says what waits for what."""
+    """`moved` is called when the set of healthy workers may have changed; `state` says what waits for what;
+    `release` gives back the place of a worker that has left."""
 
     def __init__(
-        self, ledger: Ledger, recorder: Recorder, changed: Callable[[], None], moved: Callable[[], None]
+        self,
+        ledger: Ledger,
+        recorder: Recorder,
+        changed: Callable[[], None],
+        moved: Callable[[], None],
+        release: Callable[[str], None],
     ) -> None:
         self.newest: str | None = None  # for `rlsys status`
         self._ledger = ledger
         self._recorder = recorder
         self._moved = moved
+        self._release = release
         self.state: Callable[[], str] = lambda: ""
         self.events = WorkerEvents(
             changed=changed,
@@ -95,6 +102,7 @@ class Incidents:
 
     def _left(self, worker: str) -> None:
         logger.info("%s has left", worker)
+        self._release(worker)
         self._ledger.note("worker left", worker=worker)
         self._moved()
 

@@ -102,7 +102,7 @@ class Driver:
         self.books = Books(
             *(config, ledger, roles.store, self.drawing, self.recorder, filters), self.bell.ring, self._spawn
         )
-        self.incidents = Incidents(ledger, self.recorder, self.bell.ring, lambda: self.weights.report())
+        self.incidents = Incidents(ledger, self.recorder, self.bell.ring, lambda: self.weights.report(), roles.release)
         self.incidents.state = self._state
         self.restarts = Restarts(config.driver.restarts)
         events, common = self.incidents.events, (self._spawn, self.restarts)

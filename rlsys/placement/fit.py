@@ -1,6 +1,7 @@
 """Workers on nodes. Pure: the same needs and nodes give the same placement.
 
-Workers with the most GPUs come first, since they are the hardest to place. Among the nodes with room for one, a packed
+Packed roles come first, since they leave whole nodes to the others, and then the workers with the most GPUs, which
+are the hardest to place. Among the nodes with room for one, a packed
 role takes those that it is on already, and first the one with the most room; a spread role takes those with the fewest
 of its workers. After that a worker without GPUs keeps off nodes that have some, and the tightest fit wins, so that
 large pieces stay free for large workers.
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from rlsys.placement.needs import Need
 from rlsys.placement.nodes import GIB, Node
 
+_ORDER = ("strict_pack", "pack", "strict_spread", "spread")
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -25,6 +28,15 @@ class Placement:
     needs: Sequence[Need]
     places: Mapping[str, int]
     missing: Sequence[str]
+
+    def left(self, index: int) -> dict[str, float]:
+        """What a node has left when all of these are there; what Ray keeps for itself is not shown."""
+        room = _Room([self.nodes[index]])
+        for need in self.needs:
+            for worker in need.workers:
+                if self.places.get(worker) == index:
+                    room.take(0, need)
+        return {n: a for n, a in room.free[0].items() if not n.startswith("node:") and n != "object_store_memory"}
 
     def node(self, worker: str) -> Node | None:
         index = self.places.get(worker)
@@ -54,7 +66,7 @@ class _Room:
 def fit(needs: Sequence[Need], nodes: Sequence[Node]) -> Placement:
     """Place every worker that can be placed, and say what is missing for the others."""
     room, places, missing = _Room(nodes), dict[str, int](), list[str]()
-    order = sorted(needs, key=lambda n: (-n.resources.get("GPU", 0), "strict" not in n.strategy, -len(n.workers)))
+    order = sorted(needs, key=lambda n: (_ORDER.index(n.strategy), -n.resources.get("GPU", 0)))
     for need in order:
         placed = _place(need, room)
         places |= zip(need.workers, placed, strict=False)
@@ -96,7 +108,7 @@ def _cost(need: Need, room: _Room, here: Counter[int], index: int) -> tuple[floa
     return (here[index], wasted, *left, index)
 
 
-# ---- what is missing --------------------------------------------------------------------------------------------------
+# ---- what is missing ----
 
 
 def _explain(need: Need, placed: int, room: _Room) -> str:

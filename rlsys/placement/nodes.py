@@ -49,8 +49,8 @@ class _Described(Strict):
     cpus: float = Field(ge=0)
     gpus: float = Field(0, ge=0)
     memory_gib: float = Field(ge=0)
-    custom: dict[str, float] = {}
-    labels: dict[str, str] = {}
+    custom: dict[str, float] = Field({})
+    labels: dict[str, str] = Field({})
 
 
 class _Cluster(Strict):

@@ -30,6 +30,7 @@ from rlsys.rewards import LARGEST, RewardFunction, Sample
 from rlsys.rewards.calls import Call, CallQueue
 from rlsys.rewards.link import HEADER, pack
 from rlsys.rewards.setup import applicable, build_functions
+from rlsys.secrets import without_secrets
 from rlsys.types import Reward, RewardStatus, RolloutGroup, ScoredGroup
 
 _BOOT = "import sys; sys.path[:] = {path!r}; from rlsys.rewards.child import main; main({descriptor})"
@@ -293,6 +294,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                env=without_secrets(os.environ, config.secrets),
             )
         child = cls(process, *await asyncio.open_connection(sock=ours))
         try:

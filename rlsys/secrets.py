@@ -1,0 +1,33 @@
+"""Keys and passwords live in the environment and nowhere else, and a process sees those that its role needs.
+
+W&B and the Hugging Face hub take theirs from the driver's environment and, for models that are downloaded, from that of
+the roles that load one. User code in reward workers sees none, but for those that `rewards.secrets` names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+_HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_KNOWN = ("WANDB_API_KEY", *_HUB)  # also where this process has none: other nodes may
+_LIKELY = re.compile(
+    r"_API_KEY$|_TOKEN$|_SECRET$|_PASSWORD$|_PASSPHRASE$|_CREDENTIALS$|_PRIVATE_KEY$|_ACCESS_KEY(_ID)?$", re.IGNORECASE
+)
+OF_MODELS = frozenset(_HUB)  # for a role that loads a model
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable is taken for a key or password, by its name."""
+    return name in _KNOWN or _LIKELY.search(name) is not None
+
+
+def without_secrets(environment: Mapping[str, str], granted: Collection[str] = ()) -> dict[str, str]:
+    """The environment for a process that is started from here."""
+    return {name: value for name, value in environment.items() if name in granted or not is_secret(name)}
+
+
+def blanks(environment: Mapping[str, str], granted: Collection[str] = ()) -> dict[str, str]:
+    """Empty values for what an actor is not to see. Ray can set a variable of an actor's process, and not remove it."""
+    names = {*_KNOWN, *filter(is_secret, environment)} - set(granted)
+    return dict.fromkeys(sorted(names), "")
