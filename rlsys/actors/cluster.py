@@ -52,7 +52,7 @@ def start_cluster(config: Config) -> None:
         num_cpus=max(math.ceil(claimed), config.resources.cores or os.cpu_count() or 1),
         object_store_memory=int(config.resources.object_store_gib * 2**30),
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         namespace=namespace,
     )
 
@@ -70,7 +70,7 @@ def looked_at(address: str) -> list[Node]:
 def join(address: str, **options: Any) -> None:
     """Raises ClusterError, which names the address."""
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster can be joined at {address!r} (resources.ray_address): {str(error).splitlines()[0]}"

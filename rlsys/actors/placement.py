@@ -8,6 +8,7 @@ later has its place made then, and one that leaves gives it back.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -136,17 +137,17 @@ def _group(worker: str, need: Need, node: Node | None) -> PlacementGroup:
 
 async def _not_ready(groups: Mapping[str, PlacementGroup], timeout_s: float) -> list[str]:
     """The workers whose places are not there in time."""
-    waiting = {asyncio.ensure_future(_awaited(group)): worker for worker, group in groups.items()}
-    if not waiting:
-        return []
-    _, late = await asyncio.wait(waiting, timeout=timeout_s)
-    for task in late:
-        task.cancel()
-    return [waiting[task] for task in late]
-
-
-async def _awaited(group: PlacementGroup) -> None:
-    await group.ready()
+    deadline = time.monotonic() + timeout_s
+    late = dict(groups)
+    for worker, group in groups.items():
+        while worker in late:
+            # Not longer at once: a thread cannot be cancelled.
+            left = min(1.0, deadline - time.monotonic())
+            if await asyncio.to_thread(group.wait, max(0.0, left)):
+                del late[worker]
+            elif left <= 0:
+                break
+    return list(late)
 
 
 def _options(group: PlacementGroup, need: Need) -> dict[str, Any]:

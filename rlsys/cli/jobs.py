@@ -116,7 +116,7 @@ def _find(client: JobSubmissionClient, job: str) -> str:
         jobs: list[JobDetails] = client.list_jobs()
     named = [found for found in jobs if found.submission_id == job or (found.metadata or {}).get(RUN) == job]
     if not named:
-        there = sorted({found.metadata[RUN] for found in jobs if RUN in (found.metadata or {})})
+        there = sorted({name for found in jobs if (name := (found.metadata or {}).get(RUN))})
         raise ClusterError(f"there is no job {job} at {client.get_address()}; its runs: {', '.join(there) or 'none'}")
     return str(max(named, key=lambda found: found.start_time or 0).submission_id)
 

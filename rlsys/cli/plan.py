@@ -28,11 +28,10 @@ def plan(path: Path, overrides: Sequence[str], cluster: str | None = None) -> No
     PlacementError when there is no room.
     """
     config = load_config(path, overrides)
+    there = config
     if cluster is not None:
-        address = None if Path(cluster).is_file() else cluster
-        resources = config.resources.model_copy(update={"ray_address": address or "described"})
-        config = config.model_copy(update={"resources": resources})
-    checked = check_config(config)
+        there = config.model_copy(update={"resources": config.resources.model_copy(update={"ray_address": cluster})})
+    checked = check_config(there)
     console = Console()
     values = config.model_dump(mode="json") | {"algorithm": checked.algorithm}
     console.print(Syntax(to_yaml(values), "yaml", background_color="default", word_wrap=True))
@@ -65,9 +64,9 @@ def _placed(placement: Placement) -> Table:
         left = {name: amount for name, amount in placement.left(index).items() if name in _SHOWN or amount}
         counted = ", ".join(f"{len(numbers)} {role}" for role, numbers in here.items())
         kinds.setdefault((counted or "-", amounts(left)), []).append(node.name)
-    for (workers, left), names in kinds.items():
+    for (workers, free), names in kinds.items():
         several = f"{names[0]} to {names[-1]} ({len(names)})" if len(names) > 2 else ", ".join(names)
-        table.add_row(several, workers, left)
+        table.add_row(several, workers, free)
     return table
 
 
