@@ -26,6 +26,8 @@ from rlsys.roles import ProcessReport
 
 J = TypeVar("J")
 R = TypeVar("R")
+
+LOOK_S = 5.0  # at most, from one look at a worker to the next
 Run = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
@@ -422,7 +424,7 @@ class WorkerPool(ABC, Generic[W, J, R]):
         patience, silence = self.options.patience, self.options.silence
         loop = asyncio.get_running_loop()
         while self._healthy.get(worker.name) is worker:
-            await asyncio.sleep(min(patience, silence) / 4)
+            await asyncio.sleep(min(patience / 4, silence / 4, LOOK_S))
             silent = WorkerStalled(worker.name, f"gave no sign of life for {silence:g} s")
             try:
                 number = await within(silence, self._progress(worker), silent)

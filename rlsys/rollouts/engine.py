@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
+_ENDED = "its vLLM engine process ended"
 PROBE_PRIORITY = -1  # before every prompt, whose priorities are 0, 1, 2, ...
 
 
@@ -343,6 +344,9 @@ class VllmGenerator:
             raise WorkerDied(self.name, self._gone)
         if self._engine is None:
             raise EngineError(f"{self.name} has not been started")
+        if self._engine.errored:  # vLLM tells those who wait for tokens; an update, or a pause, would wait for ever
+            self._end(_ENDED)
+            raise WorkerDied(self.name, _ENDED)
         return self._engine
 
     @contextmanager
@@ -354,7 +358,7 @@ class VllmGenerator:
         try:
             yield
         except EngineDeadError as error:
-            self._gone = self._gone or "its vLLM engine process ended"
+            self._gone = self._gone or _ENDED
             raise WorkerDied(self.name, self._gone) from error
         except (VLLMClientError, ValueError) as error:
             raise EngineError(f"{self.name}: vLLM refuses a request: {error}") from error

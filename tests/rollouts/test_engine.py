@@ -519,14 +519,20 @@ async def test_weights_that_fail_the_probe_end_the_engine(
         await keeping.generator.update(weights)
 
 
-async def test_the_death_of_the_engine_process_is_reported(
+async def test_the_death_of_an_idle_engine_is_reported(
     engine: Setting, make_prompts: Callable[..., list[Prompt]]
 ) -> None:
-    (running,) = await engine.generator.generate(make_prompts(1), LONG)
+    """vLLM tells those who wait for tokens; a sign of life tells of it where nobody does."""
     # vLLM renames its process; Linux keeps 15 characters of the name.
     (core,) = [p for p in psutil.Process().children(recursive=True) if "EngineCor" in p.name()]
     core.kill()
+
+    async def signs() -> None:
+        while True:
+            await engine.generator.progress()
+            await asyncio.sleep(0.05)
+
+    with pytest.raises(WorkerDied, match="generator-0 died: its vLLM engine process ended"):
+        await asyncio.wait_for(signs(), 30)
     with pytest.raises(WorkerDied, match="generator-0 died"):
-        await running
-    with pytest.raises(WorkerDied, match="generator-0 died"):
-        await engine.generator.progress()
+        await engine.generator.generate(make_prompts(1), LONG)
