@@ -55,7 +55,8 @@ Status = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """`find` gives its processes among those of the run; `workers` are what `rlsys status` calls it."""
+    """`find` gives its processes among those of the run; `workers` are what `rlsys status` calls it, where it counts
+    their failures."""
 
     name: str
     find: Callable[[list[psutil.Process]], list[psutil.Process]]
@@ -77,7 +78,7 @@ ROLES = (
     Role("reference", _actors("ReferenceActor"), "reference"),
     Role("driver", lambda family: [p for p in family if "rlsys.cli.main" in _line(p)], ""),
     Role("rewarder", _actors("RewardActor"), "rewarder"),
-    Role("reward child", _children("RewardActor", "rlsys.rewards.child"), "rewarder"),
+    Role("reward child", _children("RewardActor", "rlsys.rewards.child"), ""),
 )
 
 
@@ -179,10 +180,12 @@ class Run:
         return None
 
 
-def disturb(run: Run, seed: int, calm_s: float, console: Console) -> list[Fault]:
-    """Faults until the run is over."""
+def disturb(run: Run, seed: int, count: int, calm_s: float, console: Console) -> list[Fault]:
+    """So many faults, or as many as there are until the run is over."""
     faults: list[Fault] = []
     for role, number, moment in plan(seed):
+        if len(faults) == count:
+            break
         if moment != "starting" and run.until(is_well, LIMIT_S) is None:
             break
         run.until(lambda status: False, calm_s)
@@ -192,7 +195,8 @@ def disturb(run: Run, seed: int, calm_s: float, console: Console) -> list[Fault]
         seen = run.until(lambda status, at_moment=at_moment: status is not None and at_moment(status), MOMENT_S)  # type: ignore[misc]
         if run.over:
             break
-        if not _strike(run, role, number):
+        struck = _strike(run, role, number)
+        if struck is None:
             continue
         status = seen or look(run.run_dir)
         step = status["step"] if status else -1
@@ -202,8 +206,10 @@ def disturb(run: Run, seed: int, calm_s: float, console: Console) -> list[Fault]
         if role.workers:
             found = run.until(lambda s, n=restarts, r=role: s is not None and _restarts(s, r) > n, 90.0)  # type: ignore[misc]
             fault.found_s = run.now - fault.at_s if found else None
-        else:
+        elif role.name == "driver":
             run.until(lambda status: status is None, 10.0)
+        else:  # its worker starts another one, and does not count that as a failure
+            run.until(lambda status, old=struck.pid, r=role: _is_replaced(run, r, old), 60.0)  # type: ignore[misc]
         if run.until(is_well, 300.0) is not None:
             fault.well_s = run.now - fault.at_s
         console.print(
@@ -213,15 +219,19 @@ def disturb(run: Run, seed: int, calm_s: float, console: Console) -> list[Fault]
     return faults
 
 
-def _strike(run: Run, role: Role, number: int) -> bool:
-    """Send the signal to a process of the role; False when there is none at this moment."""
+def _is_replaced(run: Run, role: Role, old: int) -> bool:
+    return any(process.pid != old for process in role.find(run.family()))
+
+
+def _strike(run: Run, role: Role, number: int) -> psutil.Process | None:
+    """Send the signal to a process of the role, which is returned; None when there is none at this moment."""
     for process in role.find(run.family()):
         try:
             process.send_signal(number)
         except psutil.Error:
             continue
-        return True
-    return False
+        return process
+    return None
 
 
 def _restarts(status: Status | None, role: Role) -> int:
@@ -279,6 +289,9 @@ def report(console: Console, faults: list[Fault]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos_real", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--faults", type=int, default=28, metavar="N", help="then it is left in peace (28: each role 4 times)"
+    )
     parser.add_argument("--calm", type=float, default=3.0, metavar="S", help="seconds from all well to the next fault")
     parser.add_argument("--undisturbed", type=int, metavar="SEEDS", help="only run so many seeds in peace, to compare")
     parser.add_argument("--keep", action="store_true", help="keep the run directory")
@@ -301,7 +314,7 @@ def main() -> int:
     shutil.rmtree(run_dir, ignore_errors=True)
     run = Run(run_dir, options.seed)
     try:
-        faults = disturb(run, options.seed, options.calm, console)
+        faults = disturb(run, options.seed, options.faults, options.calm, console)
         try:
             run.process.wait(max(1.0, LIMIT_S - run.now))
         except subprocess.TimeoutExpired:
