@@ -1,0 +1,147 @@
+"""Places on a real cluster of three raylets, whose nodes have GPUs in name only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from rlsys.actors.placement import Places, nodes_of_cluster
+from rlsys.errors import PlacementError
+from rlsys.placement.fit import fit
+from rlsys.placement.needs import Need, Strategy, worker_names
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={**SMALL, "num_cpus": 4, "include_dashboard": False})
+    try:
+        cluster.add_node(**SMALL, num_cpus=4, num_gpus=4, labels={"pool": "gpu"})
+        cluster.add_node(**SMALL, num_cpus=4, num_gpus=4, labels={"pool": "gpu"}, resources={"sandbox": 2})
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def need(
+    role: str, count: int, strategy: Strategy = "spread", labels: dict[str, str] | None = None, **takes: float
+) -> Need:
+    return Need(role, worker_names(role, count), takes, labels or {}, strategy)
+
+
+class Where:
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def gpus(self) -> int:
+        return len(ray.get_gpu_ids())
+
+
+async def started(places: Places, worker: str) -> Any:
+    remote: Any = ray.remote(Where)
+    return remote.options(**await places.options(worker)).remote()
+
+
+def free(resource: str) -> float:
+    return sum(node.free.get(resource, 0) for node in nodes_of_cluster())
+
+
+async def until_free(resource: str, amount: float) -> None:
+    """Ray takes its time to say so."""
+    async with asyncio.timeout(30):
+        while free(resource) != amount:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.1)
+
+
+async def test_workers_are_where_the_plan_has_them(cluster: Cluster) -> None:
+    needs = [
+        need("learner", 2, "strict_pack", CPU=1.0, GPU=1.0),
+        need("generator", 2, CPU=0.5, GPU=2.0),
+        need("rewarder", 2, CPU=1.0),
+        need("reference", 1, CPU=0.5, sandbox=1.0),
+    ]
+    planned = fit(needs, nodes_of_cluster())
+    assert not planned.missing
+    places = Places(needs, timeout_s=0)
+    await places.reserve()
+    assert free("GPU") == 2, "they are claimed before anything is started"
+    for asked in needs:
+        for worker in asked.workers:
+            actor = await started(places, worker)
+            node = planned.node(worker)
+            assert node is not None
+            assert await actor.node.remote() == node.id, worker
+            assert await actor.gpus.remote() == asked.resources.get("GPU", 0)
+            ray.kill(actor)
+            again = await started(places, worker)
+            assert await again.node.remote() == node.id, f"{worker} comes back to its place"
+            ray.kill(again)
+    for asked in needs:
+        for worker in asked.workers:
+            places.release(worker)
+    await until_free("GPU", 8)
+
+
+async def test_one_that_joins_later_has_a_place_and_the_learner_can_be_resized(cluster: Cluster) -> None:
+    learner = need("learner", 4, "pack", CPU=1.0, GPU=1.0)
+    places = Places([learner, need("generator", 1, GPU=2.0)], timeout_s=0)
+    await places.reserve()
+    actor = await started(places, "generator-1")
+    assert await actor.gpus.remote() == 2
+    ray.kill(actor)
+    places.release("generator-1")
+    await until_free("GPU", 2)
+    with pytest.raises(PlacementError, match=r"(?s)learner: 2 of 4 .*2 more GPUs are needed: of 8, 0 are left"):
+        await places.resize(replace(learner, workers=worker_names("learner", 8)))
+    assert len(await places.resize(replace(learner, workers=worker_names("learner", 2)))) == 2
+    await until_free("GPU", 4)
+    for worker in ("generator-0", "learner-0", "learner-1"):
+        places.release(worker)
+    await until_free("GPU", 8)
+
+
+async def test_a_run_that_does_not_fit_keeps_nothing(cluster: Cluster) -> None:
+    too_much = [need("learner", 2, CPU=1.0, GPU=1.0), need("generator", 3, CPU=1.0, GPU=3.0)]
+    with pytest.raises(
+        PlacementError, match=r"(?s)generator: 2 of 3 .*Its nodes:.*3 CPUs.* left of 4 CPUs|no room"
+    ) as caught:
+        await Places(too_much, timeout_s=0).reserve()
+    assert "resources.placement_timeout_s" in str(caught.value)
+    with pytest.raises(PlacementError, match=r"after 1 s"):
+        await Places(too_much, timeout_s=1).reserve()
+    await until_free("GPU", 8)
+
+
+async def test_room_that_comes_in_time_is_taken(cluster: Cluster) -> None:
+    places = Places([need("generator", 3, GPU=4.0)], timeout_s=60)
+    waiting = asyncio.ensure_future(places.reserve())
+    await asyncio.sleep(0)
+    node = await asyncio.to_thread(cluster.add_node, **SMALL, num_cpus=1, num_gpus=4)
+    await waiting
+    for worker in worker_names("generator", 3):
+        places.release(worker)
+    cluster.remove_node(node)
+
+
+@pytest.mark.parametrize("selector", ["gpu", "!gpu", "in(cpu,gpu)", "!in(gpu,tpu)"])
+async def test_ray_selects_labels_as_the_plan_does(cluster: Cluster, selector: str) -> None:
+    right = {node.id for node in nodes_of_cluster() if node.has({"pool": selector})}
+    assert 0 < len(right) < len(nodes_of_cluster())
+    places = Places([need("rewarder", 6, labels={"pool": selector}, CPU=0.5)], timeout_s=0)
+    await places.reserve()
+    for worker in worker_names("rewarder", 6):
+        actor = await started(places, worker)
+        assert await actor.node.remote() in right
+        ray.kill(actor)
+        places.release(worker)
