@@ -48,7 +48,7 @@ SETTINGS = {  # patience that shows within the time there is; and moments that c
     "--eval.every": "4",
     "--eval.every_prompts": "64",
 }
-UNDISTURBED = RESULTS / "chaos_undisturbed.json"
+RESULT, UNDISTURBED = RESULTS / "chaos" / "real.json", RESULTS / "chaos" / "undisturbed.json"
 
 Status = Mapping[str, Any]
 
@@ -332,9 +332,7 @@ def main() -> int:
         wrong.append(f"{len(faults)} faults, none of {missing}; 20 and one of each are wanted: try another seed")
     console.print(f"{len(faults)} faults in {run.now:.0f} s; held-out accuracy {accuracy}, undisturbed {undisturbed}")
     result = {"seed": options.seed, "seconds": run.now, "accuracy": accuracy, "violations": wrong}
-    (RESULTS / "chaos_real.json").write_text(
-        json.dumps({**result, "faults": [asdict(f) for f in faults]}, indent=1) + "\n"
-    )
+    RESULT.write_text(json.dumps({**result, "faults": [asdict(f) for f in faults]}, indent=1) + "\n")
     for line in wrong:
         console.print(f"VIOLATED: {line}")
     if not wrong and not options.keep:
