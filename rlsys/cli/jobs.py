@@ -34,6 +34,7 @@ STOP_TIMEOUT_S = 600.0  # for the step that is going on, and a checkpoint
 _NOT_SENT = ["/runs", "/cache", ".venv", ".git", "__pycache__", "*.safetensors"]
 _SET_BY_US = ("run.dir", "resources.ray_address")
 _POLL_S = 0.5
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # from where the driver's Ray would take the job's working directory
 
 
 def submit(path: Path, overrides: Sequence[str], address: str | None, working_dir: Path, wait: bool) -> None:
@@ -51,10 +52,11 @@ def submit(path: Path, overrides: Sequence[str], address: str | None, working_di
     command = ["rlsys", "train", str(path.resolve().relative_to(directory)), "--supervise"]
     command += [part for key, value in settings for part in (f"--{key}", value)]
     client = _connect(address)
+    job = f"{config.run.name}-{secrets.token_hex(3)}"
     with _refused(client):
-        job = client.submit_job(
-            entrypoint=shlex.join(command),
-            submission_id=f"{config.run.name}-{secrets.token_hex(3)}",
+        client.submit_job(
+            entrypoint=_from_a_copy(command, f"{run_dir}.code/{job}", job),
+            submission_id=job,
             runtime_env={"working_dir": str(directory), "excludes": _NOT_SENT},
             metadata={RUN: config.run.name, RUN_DIR: str(run_dir)},
         )
@@ -65,6 +67,16 @@ def submit(path: Path, overrides: Sequence[str], address: str | None, working_di
     print(f"rlsys logs {job} -f {at}   rlsys status {job} {at}   rlsys stop {job} {at}", flush=True)
     if wait:
         _follow(client, job)
+
+
+def _from_a_copy(command: Sequence[str], code: str, job: str) -> str:
+    """Run a command in a copy of the job's working directory, beside the run directory, where all nodes find it.
+
+    Ray's own copies are made and taken away node by node, as it sees fit; the actors' are not needed then.
+    """
+    made = f"mkdir -p {shlex.quote(code)} && cp -R . {shlex.quote(code)} && cd {shlex.quote(code)}"
+    described = json.dumps({"metadata": {"job_submission_id": job, "job_name": job}})
+    return f"{made} && {_JOB_CONFIG}={shlex.quote(described)} exec {shlex.join(command)}"
 
 
 def logs(address: str | None, job: str, follow: bool) -> None:

@@ -127,7 +127,7 @@ async def test_room_that_comes_in_time_is_taken(cluster: Cluster) -> None:
     places = Places([need("generator", 3, GPU=4.0)], timeout_s=60)
     waiting = asyncio.ensure_future(places.reserve())
     await asyncio.sleep(0)
-    node = await asyncio.to_thread(cluster.add_node, **SMALL, num_cpus=1, num_gpus=4)
+    node = cluster.add_node(**SMALL, num_cpus=1, num_gpus=4)  # not in a thread: it takes signals
     await waiting
     for worker in worker_names("generator", 3):
         places.release(worker)
@@ -138,9 +138,9 @@ async def test_room_that_comes_in_time_is_taken(cluster: Cluster) -> None:
 async def test_ray_selects_labels_as_the_plan_does(cluster: Cluster, selector: str) -> None:
     right = {node.id for node in nodes_of_cluster() if node.has({"pool": selector})}
     assert 0 < len(right) < len(nodes_of_cluster())
-    places = Places([need("rewarder", 6, labels={"pool": selector}, CPU=0.5)], timeout_s=0)
+    places = Places([need("rewarder", 2, labels={"pool": selector}, CPU=0.5)], timeout_s=0)
     await places.reserve()
-    for worker in worker_names("rewarder", 6):
+    for worker in worker_names("rewarder", 2):
         actor = await started(places, worker)
         assert await actor.node.remote() in right
         ray.kill(actor)
