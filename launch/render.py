@@ -15,6 +15,11 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from rlsys.cli.jobs import RUN, RUN_DIR
+from rlsys.config.loading import load_config
+from rlsys.config.models import Config
+from rlsys.errors import ConfigError
+
 HERE = Path(__file__).parent
 APP = "/app"  # where the images have the configs
 USER = 1000  # whom the images run as
@@ -122,7 +127,11 @@ class ValuesError(Exception):
 def read_values(path: Path) -> Values:
     """Raises ValuesError."""
     try:
-        return Values.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = Values.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        run_config(values)
+        return values
+    except ConfigError as error:
+        raise ValuesError(f"{path}: run: {error}") from None
     except ValidationError as error:
         wrong = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
         raise ValuesError("\n".join(f"{path}: " + ": ".join(filter(None, line)) for line in wrong)) from None
@@ -133,22 +142,24 @@ def read_values(path: Path) -> Values:
 # ---- what is run --------------------------------------------------------------------------------------------------
 
 
-def train_command(values: Values, config: str, settings: dict[str, Any]) -> list[str]:
-    """`rlsys train`, on the cluster that is there, with its files on shared storage."""
-    settings = {
+def settings(values: Values) -> list[str]:
+    """Options of `rlsys train`: on the cluster that is there, with its files on shared storage."""
+    given = {
         "resources.ray_address": "auto",
         "resources.placement_timeout_s": values.run.placement_timeout_s,
         "run.dir": f"{values.shared.path}/runs/{{name}}",
-        **settings,
         **values.run.set,
     }
-    words = [word for key, value in settings.items() for word in (f"--{key}", yaml_word(value))]
-    return ["rlsys", "train", config, "--supervise", *words]
+    return [word for key, value in given.items() for word in (f"--{key}", _yaml_word(value))]
 
 
-def yaml_word(value: Any) -> str:
-    """As the command line of rlsys reads it."""
+def _yaml_word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def run_config(values: Values) -> Config:
+    """Raises ConfigError."""
+    return load_config(HERE.parent / values.run.config, settings(values))
 
 
 # ---- KubeRay ------------------------------------------------------------------------------------------------------
@@ -161,16 +172,19 @@ def ray_cluster(values: Values) -> dict[str, Any]:
 
 def ray_job(values: Values) -> dict[str, Any]:
     """A cluster that is there for one run: started, used and given back."""
-    roles = {f"resources.roles.{role}.labels.role": role for role in values.groups.workers()}
-    command = train_command(values, f"{APP}/{values.run.config}", roles)
+    command = ["rlsys", "train", f"{APP}/{values.run.config}", "--supervise", *settings(values)]
+    for role in values.groups.workers():
+        command += [f"--resources.roles.{role}.labels.role", role]
+    run = run_config(values).run
     return {
         **_resource("RayJob", values),
         "spec": {
             "entrypoint": shlex.join(command),
+            "metadata": {RUN: run.name, RUN_DIR: run.dir},  # as `rlsys submit` does: `rlsys status` and others find it
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": IDLE_S,  # its pods' logs can be read as long
-            "backoffLimit": 0,  # a driver that dies goes on by itself (--supervise); what is left is for the user to mend
+            "backoffLimit": 0,  # a driver that dies goes on by itself (--supervise); the rest is for the user to mend
             "rayClusterSpec": _cluster_spec(values),
         },
     }
@@ -228,7 +242,10 @@ def _pod(values: Values, role: str, node: Node) -> dict[str, Any]:
     }
     spec: dict[str, Any] = {
         "containers": [container],
-        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER},
+        "securityContext": {
+            **{"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER},
+            **{"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"},  # shared storage may hold many files
+        },
         "volumes": [{"name": "shared", "persistentVolumeClaim": {"claimName": values.shared.claim}}],
     }
     if role == "head":
@@ -278,7 +295,7 @@ def ray_up(values: Values) -> dict[str, Any]:
         # stays on the head's own interface: `ray dashboard` makes a tunnel.
         "head_start_ray_commands": [
             f"PATH={machines.bin}:$PATH ray stop",
-            f"{start} --head --port={GCS} --dashboard-port={DASHBOARD} --autoscaling-config=~/ray_bootstrap_config.yaml",
+            f"{start} --head --port={GCS} --autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
         "worker_start_ray_commands": [
             f"PATH={machines.bin}:$PATH ray stop",
@@ -302,7 +319,7 @@ def slurm_script(values: Values) -> str:
         "output": "%x-%j.log",
     }
     variables = {"bin": slurm.bin, "cpus": slurm.cpus, "gpus": slurm.gpus, "wait_s": slurm.wait_s}
-    command = train_command(values, values.run.config, {})
+    command = ["rlsys", "train", values.run.config, "--supervise", *settings(values)]
     return "\n".join(
         [
             "#!/usr/bin/env bash",
