@@ -5,7 +5,8 @@
 set -euo pipefail
 : "${SLURM_JOB_NODELIST:?start this with sbatch}"
 export PATH="$PWD/$bin:$PATH" RAY_USAGE_STATS_ENABLED=0
-port=${RAY_PORT:-6379}
+unset RAY_ADDRESS
+port=${RLSYS_RAY_PORT:-6379}
 steps=() driver=
 
 # Whatever ends this script, the steps that it started end before it, and nothing else does.
@@ -34,12 +35,11 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 others=$(IFS=,; echo "${nodes[*]:1}")
 ip=$(srun --overlap --nodelist="$head" --nodes=1 --ntasks=1 hostname --ip-address | awk '{print $1; exit}')
-export RAY_ADDRESS=$ip:$port # what `auto` means, also where other clusters use the node
 resources=(--num-cpus="$cpus" --num-gpus="$gpus" --disable-usage-stats --block)
 
-# `env -u`: a head that finds an address in its environment refuses to start.
-step "$head" 1 env -u RAY_ADDRESS ray start --head --node-ip-address="$ip" --port="$port" "${resources[@]}"
+step "$head" 1 ray start --head --node-ip-address="$ip" --port="$port" "${resources[@]}"
 [ -z "$others" ] || step "$others" $((${#nodes[@]} - 1)) ray start --address="$ip:$port" "${resources[@]}"
+export RAY_ADDRESS=$ip:$port # what `auto` means, also where there are other clusters
 
 joined() {
   timeout 60 python - "$RAY_ADDRESS" "${#nodes[@]}" <<'PYTHON' 2>/dev/null

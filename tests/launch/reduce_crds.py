@@ -1,4 +1,4 @@
-"""Make kuberay_schema.json from KubeRay's CRDs: `python tests/launch/reduce_crds.py VERSION RAYCLUSTERS.yaml RAYJOBS.yaml`.
+"""Make kuberay_schema.json of KubeRay: `python tests/launch/reduce_crds.py VERSION RAYCLUSTERS.yaml RAYJOBS.yaml`.
 
 The CRDs are 2.3 MB because every pod template is written out wherever one can be, with its documentation. Here each
 distinct part is there once, without documentation, and nothing else is left out. Fields that are not in the schema are
