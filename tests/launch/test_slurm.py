@@ -1,4 +1,4 @@
-"""The Slurm script, run here: `srun` and `scontrol` are small scripts that do on this machine what those do elsewhere."""
+"""The Slurm script, run here: `srun` and `scontrol` are scripts that do on this machine what those do elsewhere."""
 
 from __future__ import annotations
 

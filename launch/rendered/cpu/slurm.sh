@@ -28,6 +28,7 @@ port=${RLSYS_RAY_PORT:-6379}
 steps=() driver=
 
 # Whatever ends this script, the steps that it started end before it, and nothing else does.
+# shellcheck disable=SC2329 # the trap calls it
 finish() {
   local code=$? deadline=$((SECONDS + 60)) pid
   trap - EXIT
