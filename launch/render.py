@@ -198,6 +198,8 @@ def _resource(kind: str, values: Values) -> dict[str, Any]:
 def _cluster_spec(values: Values) -> dict[str, Any]:
     return {
         "rayVersion": values.ray_version,
+        # With a token KubeRay gives it to every pod as RAY_AUTH_TOKEN, which rlsys keeps from its workers as a key.
+        "authOptions": {"mode": "disabled"},
         "enableInTreeAutoscaling": True,
         # The first version of the autoscaler knows nothing of labels.
         "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": IDLE_S},
@@ -233,6 +235,7 @@ def _pod(values: Values, role: str, node: Node) -> dict[str, Any]:
         "image": values.image,
         "imagePullPolicy": "IfNotPresent",
         "env": [
+            {"name": "RAY_AUTH_MODE", "value": "disabled"},  # said to Ray as well, whose default changes with 2.61
             {"name": "HF_HOME", "value": f"{values.shared.path}/cache/huggingface"},  # a model is downloaded once
             *(_key(values, name) for name in node.keys),
         ],
@@ -286,7 +289,8 @@ def described_nodes(values: Values) -> dict[str, Any]:
 def ray_up(values: Values) -> dict[str, Any]:
     """Machines that are there, reached by ssh. They are alike, so that none has a label."""
     machines = values.machines
-    start = f"PATH={machines.bin}:$PATH ray start --disable-usage-stats"
+    # Without the mode, a head that finds a token in its home wants it of workers, which do not look for one.
+    start = f"PATH={machines.bin}:$PATH RAY_AUTH_MODE=disabled ray start --disable-usage-stats"
     return {
         "cluster_name": values.cluster,
         "provider": {"type": "local", "head_ip": machines.head, "worker_ips": list(machines.workers)},

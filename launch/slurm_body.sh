@@ -5,7 +5,7 @@
 set -euo pipefail
 : "${SLURM_JOB_NODELIST:?start this with sbatch}"
 export PATH="$PWD/$bin:$PATH" RAY_USAGE_STATS_ENABLED=0
-unset RAY_ADDRESS
+unset RAY_ADDRESS RAY_AUTH_TOKEN
 port=${RLSYS_RAY_PORT:-6379}
 steps=() driver=
 
@@ -22,10 +22,14 @@ finish() {
       sleep 0.2
     done
   done
+  rm -f "$RAY_AUTH_TOKEN_PATH"
   exit "$code"
 }
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/.ray-token-${SLURM_JOB_ID:?}
 trap finish EXIT
 trap 'exit 143' TERM INT
+# Others have jobs on the same network, and whoever is let in by Ray can run what he likes.
+(umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
 
 step() { # nodes as a list with commas, how many, command...
   srun --overlap --nodelist="$1" --nodes="$2" --ntasks="$2" "${@:3}" &

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ exec "$@"
 # What a driver does when it is told to end, so far as the script can see it.
 DRIVER = """
 echo "rlsys $*, RAY_ADDRESS $RAY_ADDRESS" >> "$ASKED"
+echo "rlsys has a token that $(stat -c %a "$RAY_AUTH_TOKEN_PATH") may read" >> "$ASKED"
 [ -z "${LOOK:-}" ] || "$PYTHON" -c "$LOOK" >> "$ASKED"
 trap 'echo "ended with a checkpoint" >> "$ASKED"; exit 0' TERM
 echo driving >> "$ASKED"
@@ -64,6 +66,11 @@ class Job(NamedTuple):
         return self.process.communicate(timeout=timeout_s)[0]
 
 
+def token_of(job: Job) -> Path:
+    """Where the script keeps what Ray lets the job's own processes in by."""
+    return job.asked.with_name(".ray-token-4711")
+
+
 def assert_gone(family: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE], alive
@@ -86,7 +93,12 @@ def sbatch(render: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Job]]:
         script.write_text(render.slurm_script(values.model_copy(update={"slurm": slurm})))
         environment = {
             **os.environ,
-            **{"SLURM_JOB_NODELIST": "node-[0-1]", "ASKED": str(tmp_path / "asked"), "PYTHON": sys.executable},
+            **{
+                "SLURM_JOB_NODELIST": "node-[0-1]",
+                "SLURM_JOB_ID": "4711",
+                "ASKED": str(tmp_path / "asked"),
+                "PYTHON": sys.executable,
+            },
             **{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_API_KEY": SECRET},
             **variables,
         }
@@ -124,6 +136,8 @@ def test_it_starts_ray_on_every_node_and_ends_with_the_code_of_the_run(sbatch: C
     assert "rlsys train configs/quickstart.yaml --supervise --resources.ray_address auto" in asked
     assert "RAY_ADDRESS 127.0.0.1:7000" in asked
     assert SECRET not in asked
+    assert "rlsys has a token that 600 may read" in asked
+    assert not token_of(job).exists()
 
 
 def test_a_signal_before_the_end_is_for_the_driver_and_all_is_gone_afterwards(sbatch: Callable[..., Job]) -> None:
@@ -199,6 +213,9 @@ def test_with_a_real_ray(sbatch: Callable[..., Job], short_dir: Path) -> None:
     family = job.family()
     names = {process.name() for process in family}
     assert {"gcs_server", "raylet"} <= names
+    secret = token_of(job).read_text()
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert not [process for process in family if secret in command_line(process)]
     job.process.send_signal(signal.SIGTERM)
     said = job.end(120)
     assert job.process.returncode == 0, said
