@@ -17,13 +17,13 @@ from rlsys.trackers.prometheus import PrometheusTracker
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """Address of the metrics of a Ray node of one CPU."""
-    ray = pytest.importorskip("ray")
-    context = ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    import ray
+
+    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     try:
         [node] = [node for node in ray.nodes() if node["Alive"]]
         yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     finally:
-        del context
         ray.shutdown()
 
 
