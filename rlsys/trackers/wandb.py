@@ -100,7 +100,10 @@ class WandbTracker:
         except (Error, OSError) as error:
             if mode == "offline":
                 raise TrackerError(f"W&B does not start: {error}") from error
-            self.warning = f"W&B cannot be reached, so this run is kept offline (`wandb sync` sends it later): {error}"
+            self.warning = (
+                "W&B did not take the run (it cannot be reached, or the key is wrong or has expired), so it is kept "
+                f"offline, and `wandb sync` sends it later: {error}"
+            )
             try:
                 wandb.teardown()  # or its service would say that the run is in use
                 self._run = start("offline")

@@ -217,6 +217,7 @@ def test_a_wrong_key_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.M
         tracker = WandbTracker(tmp_path, name="n", project="p", mode="online", config={}, deadline_s=10)
         assert tracker.warning is not None
         assert "kept offline" in tracker.warning
+        assert "key is wrong" in tracker.warning
         assert key not in tracker.warning
         tracker.log_step(1, {"a": 1.0})
         tracker.finish({})
