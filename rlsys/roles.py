@@ -293,7 +293,10 @@ class RolloutStore(Protocol):
         ...
 
     async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:
-        """A few rollouts trained at the newest settled step, for people to read; empty when `step` is not that one."""
+        """A few rollouts that the newest settled step wrote down, trained or dropped since the one before it.
+
+        Empty when `step` is not that one.
+        """
         ...
 
     async def close(self) -> None:
@@ -303,7 +306,7 @@ class RolloutStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One trained rollout, for tables that people read."""
+    """One rollout, for tables that people read."""
 
     step: int
     prompt_id: str
@@ -313,6 +316,9 @@ class SampleRow:
     score: float  # NaN where unscored
     versions: str  # such as "3" or "3-4": the weights that sampled it
     finish_reason: str
+    fate: str = "trained"  # or "dropped: why"
+    components: Mapping[str, float] = field(default_factory=dict)  # reward function -> its own value
+    advantage: float | None = None  # mean |A| over the trained tokens of its prompt's rollouts; None: not trained
 
 
 class Tracker(Protocol):
@@ -326,8 +332,11 @@ class Tracker(Protocol):
         """Once per learner step, in rising order of step (after `resumed(k)` it goes on from k + 1)."""
         ...
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`accuracy` (mean score of the scored rollouts), `unscored`, `prompts`, `rollouts`, ... of one evaluation."""
+    def log_eval(self, step: int, metrics: Mapping[str, float], scores: Sequence[float] = ()) -> None:
+        """`accuracy` (mean score of the scored rollouts), `unscored`, `prompts`, `rollouts`, ... of one evaluation.
+
+        `scores` are those that the accuracy is the mean of, for their distribution.
+        """
         ...
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None: ...
@@ -337,7 +346,7 @@ class Tracker(Protocol):
         ...
 
     def incident(self, title: str, text: str) -> None:
-        """A worker died or hangs: for whoever watches the run."""
+        """A worker died or hangs, or the figures look bad: for whoever watches the run."""
         ...
 
     def resumed(self, step: int) -> None:

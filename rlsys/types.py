@@ -198,6 +198,8 @@ class GroupInfo:
     tokens_by_version: tuple[tuple[int, int], ...] = ()  # (weight version, response tokens it sampled), rising
     old_states: int = 0  # as in RolloutGroup
     distinct_3: float = 0.0  # different three-token sequences of all rollouts, as a share of all of them
+    # (reward function, sum of its own values, number of them), over the rollouts that `scores` are of, scored ones only
+    components: tuple[tuple[str, float, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -232,7 +234,17 @@ def group_info(group: RolloutGroup, rewards: tuple[Reward, ...] = ()) -> GroupIn
         tokens_by_version=tuple(sorted(by_version.items())),
         old_states=group.old_states,
         distinct_3=_distinct([r.token_ids for r in group.rollouts if r.origin != "expert"]),
+        components=_components([r for r, mine in zip(rewards, own, strict=False) if mine or not any(own)]),
     )
+
+
+def _components(rewards: Sequence[Reward]) -> tuple[tuple[str, float, int], ...]:
+    found: dict[str, list[float]] = {}
+    for reward in rewards:
+        if reward.status == "ok":
+            for name, value in reward.components.items():
+                found.setdefault(name, []).append(float(value))
+    return tuple((name, sum(values), len(values)) for name, values in found.items())
 
 
 def _distinct(responses: Sequence[np.ndarray], n: int = 3) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +15,26 @@ from hypothesis import HealthCheck, settings
 # No test depends on how fast the machine is; those that need more examples ask for them.
 settings.register_profile("rlsys", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("rlsys")
+
+
+@pytest.fixture(autouse=True)
+def _every_metric_is_defined(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run that logs a metric without a definition fails its test, unless that asks for `undefined_metrics`."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("rlsys.metrics.catalog")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert not said or "undefined_metrics" in request.fixturenames, said
+
+
+@pytest.fixture
+def undefined_metrics() -> None:
+    """This test logs some on purpose."""
 
 
 @pytest.fixture(scope="session")

@@ -92,6 +92,17 @@ def algorithms(
     run(name, markdown)
 
 
+@app.command(help="What a run logs, or how to read one metric.")
+def metrics(
+    name: Annotated[str | None, typer.Argument(help="A metric.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of them as one page.")] = False,
+    grafana: Annotated[bool, typer.Option("--grafana", help="A Grafana dashboard of them.")] = False,
+) -> None:
+    from rlsys.cli.metrics import metrics as run
+
+    run(name, markdown, grafana)
+
+
 @app.command(help="What a run did, or the whole story of one of its prompts.")
 def inspect(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],

@@ -361,13 +361,36 @@ class WandbConfig(Strict):
     )
     project: str = "rlsys"
     entity: str | None = None
+    group: str | None = Field(None, description="Runs that belong together, such as the seeds of one experiment.")
+    job_type: str | None = Field(None, description="What the run is within its group.")
     tags: tuple[str, ...] = ()
     table_every: NonNegativeInt = Field(10, description="Steps between rows of the sample table; 0: none.")
     table_rows: PositiveInt = 4
+    log_model: bool = Field(False, description="Keep the final model as an artifact.")
+
+
+class AlertsConfig(Strict):
+    """What is reported of a run, beside deaths and hangs of its parts; null: that is not looked for."""
+
+    window: PositiveInt = Field(20, description="Steps that means are taken over.")
+    entropy: Fraction | None = Field(0.1, description="Entropy below this share of what it was at first.")
+    length_growth: PositiveFloat | None = Field(
+        1.5, description="Responses so many times as long as at the best evaluation, while the accuracy is lower."
+    )
+    accuracy_drop: NonNegativeFloat = Field(
+        0.05, description="length_growth: lower than at its best by more than this."
+    )
+    stall: PositiveFloat | None = Field(10.0, description="A step that takes so many times the median of those before.")
+    quiet_steps: PositiveInt = Field(50, description="Steps until the same thing is reported again.")
 
 
 class TrackersConfig(Strict):
     wandb: WandbConfig = WandbConfig()
+    alerts: AlertsConfig = AlertsConfig()
+    tensorboard: bool = Field(False, description="Event files in RUN/tensorboard; needs the package `tensorboard`.")
+    prometheus: Literal["auto"] | bool = Field(
+        "auto", description="Gauges of Ray's metrics agents; auto: on a running cluster (resources.ray_address)."
+    )
     timeline: bool = True
     console: Literal["auto", "live", "plain", "none"] = Field("auto", description="auto: live on a terminal.")
 

@@ -110,6 +110,7 @@ class Books:
         """Record why a group under way is given up, and free its slot."""
         self.ledger.dropped(prompt.id, reason, self.step)
         self.buffer.drop(prompt.index)
+        self._recorder.arrived(prompt.id, dropped=True)
         self._dropped(prompt.index, info)
         self._fruitless += 1
         if self._fruitless >= FRUITLESS_BATCHES * self.batch:
@@ -124,6 +125,7 @@ class Books:
         """The group waits for the learner."""
         self.ledger.buffered(item.info)
         self.buffer.finish(prompt.index, item.info.min_version, item)
+        self._recorder.arrived(prompt.id)
         self._changed()
 
     # ---- taken ----

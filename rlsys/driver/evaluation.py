@@ -80,16 +80,18 @@ class Evaluator:
             "raise it, or evaluate fewer prompts (eval.prompts, eval.every_prompts)"
         )
         with self._recorder.span(f"evaluation at {step}", "evaluation"):
-            result = await within(self._timeout_s, self._evaluate(prompts), late)
-        self._recorder.tracker.log_eval(step, result)
+            infos = await within(self._timeout_s, self._evaluate(prompts), late)
+        result = summarize(infos, failed=len(prompts) - len(infos))
+        self._recorder.evaluated(step, result, [s for info in infos for s in info.scores if not math.isnan(s)])
         rated = {"step": step, **result}
         self._ledger.remember(f"eval.{key}", rated)
         return rated
 
-    async def _evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+    async def _evaluate(self, prompts: Sequence[Prompt]) -> list[GroupInfo]:
+        """Without those that could not be sampled or scored."""
         generating = self._generators.submit([self._request(prompt) for prompt in prompts])
         results = await asyncio.gather(*map(self._score, prompts, generating))
-        return summarize([info for info in results if info is not None], failed=results.count(None))
+        return [info for info in results if info is not None]
 
     def _request(self, prompt: Prompt) -> Request:
         return Request(prompt, self._sampling, training=False)

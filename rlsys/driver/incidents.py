@@ -1,10 +1,11 @@
-"""What goes wrong with workers, and who hears of it: the log, the ledger, the trackers, the figures of the step."""
+"""What goes wrong, and who hears of it: the log, the ledger, the trackers, the figures of the step."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
+from rlsys.driver.alerts import Alert
 from rlsys.driver.generators import Request
 from rlsys.driver.progress import Recorder
 from rlsys.driver.workers import Loss, WorkerEvents
@@ -45,6 +46,13 @@ class Incidents:
             joined=self._joined,
             left=self._left,
         )
+
+    def alert(self, alert: Alert) -> None:
+        """The figures look bad."""
+        self.newest = alert.title
+        logger.warning("%s: %s", alert.title, alert.text)
+        self._ledger.note("alert", title=alert.title, text=alert.text)
+        self._recorder.tracker.incident(alert.title, alert.text)
 
     def _assigned(self, work: object, worker: str, attempt: int) -> None:
         if isinstance(work, Request) and work.training and work.root is None:

@@ -27,7 +27,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from rlsys.config.models import Config, Sizes
 from rlsys.curricula import Curriculum
 from rlsys.curricula.in_order import InOrder
 from rlsys.driver import options
+from rlsys.driver.alerts import Alert, Alerts
 from rlsys.driver.books import Books, GroupFilter
 from rlsys.driver.checkpoints import Checkpoint, Checkpoints
 from rlsys.driver.drawing import Drawing, PromptStream
@@ -53,11 +54,13 @@ from rlsys.driver.weights import WeightRollout
 from rlsys.errors import HandleLost, RunDirError, first_of
 from rlsys.ledger.ledger import Ledger
 from rlsys.metrics import reduce
-from rlsys.roles import PublishedWeights, Roles, Tracker, TrainItem
+from rlsys.roles import PublishedWeights, Roles, StepReport, Tracker, TrainItem
 from rlsys.segments import Strategy
 from rlsys.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+WATCH_S = 15.0  # between two looks at how long the step takes
 
 
 class Driver:
@@ -104,6 +107,7 @@ class Driver:
         )
         self.incidents = Incidents(ledger, self.recorder, self.bell.ring, lambda: self.weights.report(), roles.release)
         self.incidents.state = self._state
+        self.alerts = Alerts(config.trackers.alerts)
         self.restarts = Restarts(config.driver.restarts)
         events, common = self.incidents.events, (self._spawn, self.restarts)
         self.generators = GeneratorPool(
@@ -153,7 +157,9 @@ class Driver:
                 finally:
                     self._end()
         except BaseExceptionGroup as group:
-            raise first_of(group) from None
+            error = first_of(group)
+            self.tracker.incident("the run has failed", f"{type(error).__name__}: {error}")
+            raise error from None
         finally:
             try:
                 summary = self._summary()
@@ -262,7 +268,7 @@ class Driver:
         while not self._stops:
             await self.books.expire()
             if self.books.ready:
-                self.recorder.waited(self.recorder.now() - started)
+                self.recorder.waited(started)
                 return self.books.take()
             if self._reshaped is not None:
                 await self._reshape()
@@ -281,15 +287,30 @@ class Driver:
                 items = await self.production.again(items)
         infos = [item.info for item in items]
         chosen = self.drawing.observe(report, infos, reduce(report.metrics))
-        self.recorder.step(report, infos, chosen, self.books.buffer.under_way, self.books.buffer.finished)
-        self._spawn(self._show(self.books.write(items, fate), self.step))
+        record = self.recorder.step(report, infos, chosen, self.books.buffer.under_way, self.books.buffer.finished)
+        self._alert(self.alerts.step(report.version, record, report.skipped))
+        self._spawn(self._show(self.books.write(items, fate), report))
 
-    async def _show(self, writing: asyncio.Task[None], step: int) -> None:
+    async def _show(self, writing: asyncio.Task[None], report: StepReport) -> None:
         """A few of the rollouts of a step, for people to read, once it is on disk."""
         await writing
+        step, prompts = report.version, report.prompts
         every, rows = self.config.trackers.wandb.table_every, self.config.trackers.wandb.table_rows
         if every and step % every == 0 and (samples := await self.books.samples(step, rows)):
-            self.tracker.log_samples(step, samples)
+            advantages = (prompts[row.prompt_id].advantage if row.prompt_id in prompts else None for row in samples)
+            rows_shown = [replace(row, advantage=a) for row, a in zip(samples, advantages, strict=True)]
+            self.tracker.log_samples(step, rows_shown)
+
+    def _alert(self, alerts: Sequence[Alert]) -> None:
+        for alert in alerts:
+            self.incidents.alert(alert)
+
+    async def _watch(self) -> None:
+        """Notice a step that does not end."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if self.step < self.config.run.steps and not self._stops:
+                self._alert(self.alerts.waiting(self.recorder.since_step))
 
     async def _publish(self, new: bool = False) -> None:
         """Have the newest weights rolled out; `new`: by a step just made."""
@@ -317,6 +338,7 @@ class Driver:
     async def _rate(self, result: Mapping[str, float] | None) -> None:
         """The best checkpoints are kept by the held-out accuracy."""
         if result is not None and "accuracy" in result:
+            self._alert(self.alerts.evaluated(int(result["step"]), result))
             await asyncio.to_thread(self.checkpoints.rate, int(result["step"]), result["accuracy"])
 
     # ---- start and end ----
@@ -344,6 +366,7 @@ class Driver:
         await self.bell.until(self._staffed, "the workers to start")
         self.started = True
         self._spawn(self.weights.run())
+        self._spawn(self._watch())
         await self._publish()
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))
         if self.step == 0 and self.config.eval.before:

@@ -59,6 +59,8 @@ class Production:
             prompts = [self._strategy.start(prompt) for prompt in prompts]
         books.start(prompts)
         self._recorder.sampling(len(prompts))
+        for prompt in prompts:
+            self._recorder.entered(prompt.id, "generation")
         requests = [Request(prompt, drawing.sampling(prompt), training=True) for prompt in prompts]
         answers = self._generators.submit(requests)
         return [self._produce(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -79,6 +81,7 @@ class Production:
                 if refusals >= self._generators.options.attempts:
                     return await self._books.drop(prompt, f"generation failed: {refusals} attempts, the last: {error}")
             self._recorder.sampling(1)
+            self._recorder.entered(prompt.id, "generation")
             request = Request(prompt, self._books.drawing.sampling(prompt), training=True)
             [generating] = self._generators.submit([request])
 
@@ -95,6 +98,7 @@ class Production:
         self._ledger.sampled(info)
         try:
             rounds, later = await self._branch(prompt, generated)
+            self._recorder.entered(prompt.id, "reward")
             [scoring] = self._rewarders.submit([Rounds(prompt.id, rounds, training=True)])
             scored, rewarder = await scoring
         except SegmentError as error:
@@ -102,6 +106,7 @@ class Production:
         except WorkFailed as error:
             return await books.drop(prompt, f"rewards failed: {error}", info)
         self._ledger.scored(scored.info, rewarder)
+        self._recorder.entered(prompt.id, "after")
         await books.keep(scored.payload)
         books.drawing.carry(prompt.index, later)
         await self.finish(prompt, scored)

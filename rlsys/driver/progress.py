@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from rlsys.driver.bottleneck import Passage, Span, Stage, shares
 from rlsys.metrics import Last, Max, Mean, Metric, Sum, merge, reduce
+from rlsys.metrics.catalog import Undefined
 from rlsys.roles import PublishedWeights, StepReport, Tracker, UpdateReport
 from rlsys.types import GroupInfo
 
@@ -37,29 +39,8 @@ def staleness(infos: Sequence[GroupInfo], version: int) -> tuple[Mean, int]:
 class Recorder:
     """Collects figures as things happen and hands one record per step to the tracker.
 
-    Metric names and units:
-
-        reward/mean                         mean score of the scored rollouts of the batch
-        reward/unscored                     share of its rollouts without a score
-        rollout/length_mean, length_max     response tokens
-        rollout/truncated                   share of its rollouts cut at the length limit
-        staleness/mean, max                 versions, per token of the batch
-        groups/under_way, buffered          at the end of the step
-        groups/dropped                      since the step before; groups/dropped_length: their mean response tokens
-        tokens/generated, trained           in this step; .._per_s: over the time since the step before
-        tokens/old_states                   of prompts and branches, with states from a cache that older weights
-                                            may have filled (`weights.kv_cache: share`)
-        restarts/ROLE                       lost since the step before: generator, rewarder, learner, reference
-        refused/KIND                        what cannot be right, since the step before: log-probs, shape, checksum, ...
-        reference/version                   newest policy weights that the reference has taken in, where it moves
-        time/step_s, learner_s              since the step before; in the learner
-        wait/learner_for_rollouts_s         the learner had no batch
-        wait/generators_for_learner_s       no training prompt was being sampled, since the gate was closed
-        weights/version, gather_s, transfer_s, load_s, pause_s, bytes, probe_difference
-                                            the newest update that a generator has finished (largest probe difference
-                                            and mean times over the generators that took it)
-
-    and the learner's own. All clocks are the event loop's.
+    What its metrics mean is in `rlsys.metrics.catalog`, together with the learner's own. All clocks are the event
+    loop's.
     """
 
     def __init__(self, tracker: Tracker) -> None:
@@ -75,6 +56,12 @@ class Recorder:
         self._weights_version = -1
         self._reference: int | None = None
         self._doing: dict[object, tuple[str, str, float]] = {}  # name, lane, and since when
+        self._undefined = Undefined()
+        self._on_their_way: dict[str, list[tuple[Stage, float]]] = {}  # groups, and when they entered which stage
+        # Since the step before:
+        self._passages: list[Passage] = []  # groups that are finished or dropped
+        self._waits: list[Span] = []  # of the learner, for a batch
+        self._learner_busy: list[Span] = []
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -86,6 +73,11 @@ class Recorder:
     def begin_step(self) -> None:
         """The first step starts now; what came before is no part of its time."""
         self._step_started = self.now()
+
+    @property
+    def since_step(self) -> float:
+        """Seconds since the step before."""
+        return self.now() - self._step_started
 
     def resume(self, totals: Totals) -> None:
         """Go on counting from a checkpoint."""
@@ -108,6 +100,15 @@ class Recorder:
         self._add("tokens/generated", Sum(info.sampled_tokens))
         self._add("tokens/old_states", Sum(info.old_states))
 
+    def entered(self, prompt_id: str, stage: Stage) -> None:
+        """A group on its way to the learner is in this stage now."""
+        self._on_their_way.setdefault(prompt_id, []).append((stage, self.now()))
+
+    def arrived(self, prompt_id: str, dropped: bool = False) -> None:
+        """It is finished, or given up."""
+        if stages := self._on_their_way.pop(prompt_id, None):
+            self._passages.append(Passage(tuple(stages), self.now(), dropped))
+
     def dropped(self, info: GroupInfo | None) -> None:
         self._add("groups/dropped", Sum(1))
         if info is not None:
@@ -121,9 +122,10 @@ class Recorder:
         """Something that came in cannot be right."""
         self._add(f"refused/{kind}", Sum(1))
 
-    def waited(self, seconds: float) -> None:
-        """The learner waited for a batch."""
-        self._add("wait/learner_for_rollouts_s", Sum(seconds))
+    def waited(self, since: float) -> None:
+        """The learner waited for a batch until now."""
+        self._waits.append((since, self.now()))
+        self._add("wait/learner_for_rollouts_s", Sum(self.now() - since))
 
     def published(self, weights: PublishedWeights) -> None:
         self._gather_s = {weights.version: weights.gather_s}
@@ -161,6 +163,8 @@ class Recorder:
         try:
             yield
             self.event(name, started, self.now(), lane)
+            if lane == "learner":
+                self._learner_busy.append((started, self.now()))
         finally:
             del self._doing[key]
 
@@ -212,11 +216,19 @@ class Recorder:
         if elapsed > 0:
             for kind in ("generated", "trained"):
                 record[f"tokens/{kind}_per_s"] = record[f"tokens/{kind}"] / elapsed
-        self._since_step = []
+        divided = shares((self._step_started, now), self._waits, self._learner_busy, self._passages)
+        record |= {f"bound/{stage}": share for stage, share in divided.items()}
+        self._since_step, self._passages, self._waits, self._learner_busy = [], [], [], []
         self._step_started = now
         record = {name: value for name, value in record.items() if math.isfinite(value)}
+        self._undefined.look(record)
         self.tracker.log_step(report.version, record)
         return record
+
+    def evaluated(self, step: int, figures: Mapping[str, float], scores: Sequence[float]) -> None:
+        """`scores` are those of the scored rollouts."""
+        self._undefined.look(f"eval/{name}" for name in figures)
+        self.tracker.log_eval(step, figures, scores)
 
     def snapshot(self) -> dict[str, Any]:
         """The totals by now, for a checkpoint."""
@@ -250,7 +262,11 @@ def _batch_metrics(infos: Sequence[GroupInfo]) -> dict[str, Metric]:
     scores = [score for info in infos for score in info.scores]
     lengths = [length for info in infos for length in info.lengths]
     truncated = sum(info.truncated for info in infos)
+    components = [
+        {f"reward/component/{name}": Mean(total, count) for name, total, count in info.components} for info in infos
+    ]
     return {
+        **merge(components),
         "reward/mean": Mean.of(score for score in scores if not math.isnan(score)),
         "reward/unscored": Mean.of(math.isnan(score) for score in scores),
         "rollout/length_mean": Mean.of(lengths),

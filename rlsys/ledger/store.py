@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rlsys.durable import writing
 from rlsys.errors import DataError, RlsysError
@@ -180,7 +180,7 @@ class RolloutStore:
         self._step = version
 
     async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:
-        """The first rollout of a few prompts trained at `step`, if that is the newest settled step."""
+        """The first rollout of a few prompts, if `step` is the newest settled step: of those that it wrote down."""
         last, table = self._last
         if step != last or table is None or limit < 1:
             return []
@@ -310,9 +310,9 @@ def _unlink(paths: Sequence[Path]) -> None:
 
 
 def _samples(table: pa.Table, step: int, limit: int) -> list[SampleRow]:
-    table = table.filter(pc.equal(table.column("fate"), "trained"))
     columns = ["prompt_id", "sample", "prompt", "text", "answer", "score", "version_spans", "finish_reason"]
-    first_rows = [row for row in table.select(columns).to_pylist() if row["sample"] == 0]
+    rows = table.select([*columns, "fate", "components"]).to_pylist()
+    first_rows = [row for row in rows if row["sample"] == 0]
     stride = max(1, math.ceil(len(first_rows) / limit))
     return [
         SampleRow(
@@ -324,6 +324,8 @@ def _samples(table: pa.Table, step: int, limit: int) -> list[SampleRow]:
             score=row["score"],
             versions="-".join(str(v) for v in sorted({span["version"] for span in row["version_spans"]})),
             finish_reason=row["finish_reason"],
+            fate=row["fate"],
+            components=json.loads(row["components"]),
         )
         for row in first_rows[::stride][:limit]
     ]

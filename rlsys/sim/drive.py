@@ -86,6 +86,7 @@ class RecordingTracker:
 
     steps: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
     evals: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    scores: list[Sequence[float]] = field(default_factory=list)  # of the evaluations
     samples: list[SampleRow] = field(default_factory=list)
     events: list[tuple[str, float, float, str]] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
@@ -95,8 +96,9 @@ class RecordingTracker:
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append((step, metrics))
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, float], scores: Sequence[float] = ()) -> None:
         self.evals.append((step, metrics))
+        self.scores.append(scores)
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         self.samples.extend(rows)

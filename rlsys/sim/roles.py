@@ -331,7 +331,7 @@ class SimLearner(Mortal):
             for item in items
             if item.info.scores
         }
-        return StepReport(self.version, {"loss": Mean.of([0.5])}, tokens, self._timing.step_s, prompts=prompts)
+        return StepReport(self.version, {"learner/loss": Mean.of([0.5])}, tokens, self._timing.step_s, prompts=prompts)
 
     async def prompt_values(self, prompts: Sequence[Prompt]) -> list[float]:
         await self.living(pause(self._rng, self._timing.step_s))

@@ -82,7 +82,7 @@ class ConsoleTracker:
         elif self._mode == "plain":
             self._line("  ".join([f"step {step}/{self._steps}", *(f"{name} {text}" for name, text in self._figures())]))
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, float], scores: Sequence[float] = ()) -> None:
         if "accuracy" in metrics:
             self._accuracy = (step, metrics["accuracy"])
             said = f"accuracy {metrics['accuracy']:.1%}"
@@ -129,6 +129,8 @@ class ConsoleTracker:
             figures.append(("tokens/s", ", ".join(rates)))
         if m.get("time/step_s"):
             figures.append(("waiting", waiting(m)))
+        if bound := bound_by(m):
+            figures.append(("bound by", bound))
         if self._durations:
             seconds = sum(self._durations) / len(self._durations) * (self._steps - self._step)
             figures.append(("left", duration(seconds)))
@@ -167,6 +169,13 @@ def waiting(metrics: Mapping[str, float]) -> str:
         if metrics.get(key, 0.0) > _NOTICEABLE * total
     ]
     return ", ".join(said) or "nobody"
+
+
+def bound_by(metrics: Mapping[str, float]) -> str | None:
+    """The stage that most of the step's time belongs to, with its share; None when that is hardly any."""
+    shares = {name.removeprefix("bound/"): share for name, share in metrics.items() if name.startswith("bound/")}
+    stage = max(shares, key=lambda name: shares[name], default=None)
+    return None if stage is None or shares[stage] <= _NOTICEABLE else f"{stage} {shares[stage]:.0%}"
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,9 @@ from rlsys.roles import SampleRow, Tracker
 from rlsys.trackers import TrackerError
 from rlsys.trackers.console import ConsoleTracker
 from rlsys.trackers.jsonl import JsonlTracker
+from rlsys.trackers.prometheus import PrometheusTracker
+from rlsys.trackers.repository import git_state
+from rlsys.trackers.tensorboard import TensorboardTracker
 from rlsys.trackers.timeline import TimelineTracker
 from rlsys.trackers.wandb import WandbTracker, resolve_mode
 
@@ -32,8 +35,8 @@ class Trackers:
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each(lambda tracker: tracker.log_step(step, metrics))
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._each(lambda tracker: tracker.log_eval(step, metrics))
+    def log_eval(self, step: int, metrics: Mapping[str, float], scores: Sequence[float] = ()) -> None:
+        self._each(lambda tracker: tracker.log_eval(step, metrics, scores))
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         self._each(lambda tracker: tracker.log_samples(step, rows))
@@ -63,28 +66,46 @@ class Trackers:
 def open_trackers(config: Config, run_dir: Path, console: ConsoleTracker) -> Trackers:
     """The trackers that the config asks for; the console comes last, so that what it points to is there.
 
-    W&B that does not start is reported, and the run goes on without it.
+    One that does not start is reported, and the run goes on without it.
     """
+    asked, options = config.trackers, config.trackers.wandb
     trackers: dict[str, Tracker] = {"jsonl": JsonlTracker(run_dir)}
-    if config.trackers.timeline:
-        trackers["timeline"] = TimelineTracker(run_dir)
-    options = config.trackers.wandb
-    try:
+
+    def add(name: str, start: Callable[[], Tracker | None]) -> None:
+        try:
+            tracker = start()
+        except TrackerError as error:
+            console.warn(f"tracker {name} failed and is left out; the run goes on: {error}")
+        else:
+            if tracker is not None:
+                trackers[name] = tracker
+
+    def wandb() -> Tracker | None:
         mode = resolve_mode(options.mode, os.environ)
-        if mode != "disabled":
-            wandb = WandbTracker(
-                run_dir,
-                name=config.run.name,
-                project=options.project,
-                entity=options.entity,
-                tags=options.tags,
-                mode=mode,
-                config=config.model_dump(mode="json"),
-            )
-            trackers["wandb"] = wandb
-            if wandb.warning is not None:
-                console.warn(wandb.warning)
-    except TrackerError as error:
-        console.warn(f"tracker wandb failed and is left out; the run goes on: {error}")
+        if mode == "disabled":
+            return None
+        tracker = WandbTracker(
+            run_dir,
+            name=config.run.name,
+            project=options.project,
+            entity=options.entity,
+            group=options.group,
+            job_type=options.job_type,
+            tags=options.tags,
+            mode=mode,
+            config={**config.model_dump(mode="json"), "git": git_state(Path.cwd())},
+            log_model=options.log_model,
+        )
+        if tracker.warning is not None:
+            console.warn(tracker.warning)
+        return tracker
+
+    if asked.timeline:
+        trackers["timeline"] = TimelineTracker(run_dir)
+    add("wandb", wandb)
+    if asked.tensorboard:
+        add("tensorboard", lambda: TensorboardTracker(run_dir))
+    if asked.prometheus is True or (asked.prometheus == "auto" and config.resources.ray_address is not None):
+        add("prometheus", lambda: PrometheusTracker(config.run.name))
     trackers["console"] = console
     return Trackers(trackers, console.warn)

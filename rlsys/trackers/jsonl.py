@@ -37,7 +37,7 @@ class JsonlTracker:
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.write(step, metrics)
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, float], scores: Sequence[float] = ()) -> None:
         self._evals.write(step, metrics)
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:

@@ -88,7 +88,7 @@ class TimelineTracker:
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.flush()
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, float], scores: Sequence[float] = ()) -> None:
         self.flush()
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:

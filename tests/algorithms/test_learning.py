@@ -12,6 +12,7 @@ from rlsys.algorithms.presets import presets
 from rlsys.config.models import AlgorithmConfig
 from rlsys.losses import LossInputs
 from rlsys.metrics import merge, reduce
+from rlsys.metrics.catalog import find
 from rlsys.types import Progress, RolloutBatch, StartOfStep
 
 PROMPTS, SAMPLES, TOKENS, VOCABULARY, STEPS = 16, 8, 3, 4, 20
@@ -112,7 +113,9 @@ def test_the_score_rises(preset: str) -> None:
                 entropies if needs.current_entropy else None,
             )
             logits = improved(algorithm, train_batch, logits, progress, found)
-        assert all(np.isfinite(value) for value in reduce(merge(found)).values())
+        logged = reduce(merge(found))
+        assert all(np.isfinite(value) for value in logged.values())
+        assert [name for name in logged if find(name) is None] == [], "define them in rlsys/metrics/catalog.py"
     # Multipliers start from weights that hold the policy at the reference, and take hundreds of steps to move.
     assert logits.softmax(0)[0] > (0.2 if preset.startswith("constrained-") else 0.4), "started at 0.25"
 

@@ -14,7 +14,7 @@ from rlsys.driver.progress import Recorder, _batch_metrics
 from rlsys.metrics import reduce
 from rlsys.roles import StepReport
 from rlsys.sim.drive import RecordingTracker
-from rlsys.types import GroupInfo, Prompt, Rollout, RolloutGroup, VersionSpan, group_info
+from rlsys.types import GroupInfo, Prompt, Reward, Rollout, RolloutGroup, VersionSpan, group_info
 
 NAN = math.nan
 
@@ -35,6 +35,24 @@ def test_groups_with_a_signal_have_scores_that_differ() -> None:
     found = reduce(_batch_metrics(groups))
     assert found["groups/with_signal"] == pytest.approx(1 / 3), "the last has no score at all"
     assert found["rollout/distinct_3"] == pytest.approx(0.6 / 4)
+
+
+def test_reward_components_are_means_over_the_scored_rollouts() -> None:
+    """2 of 3 rollouts are scored; `brief` applies to one group only."""
+    prompt = Prompt("p/0@0", 0, np.array([1], np.int32), "?", "t", None, seed=0)
+    one = Reward("ok", 1.5, {"right": 1.0, "brief": 0.5})
+    two = Reward("ok", 0.25, {"right": 0.0, "brief": 0.25})
+    lost = Reward("timeout", NAN, {"right": 1.0})
+    rewards = (one, lost, two)
+    rollouts = tuple(
+        Rollout(prompt.id, i, np.array([1], np.int32), np.ones(1, bool), np.zeros(1, np.float32), (), "stop", "")
+        for i in range(3)
+    )
+    first = group_info(RolloutGroup(prompt, rollouts, "g"), rewards)
+    second = group_info(RolloutGroup(prompt, rollouts[:1], "g"), (Reward("ok", 1.0, {"right": 1.0}),))
+    found = reduce(_batch_metrics([first, second]))
+    assert found["reward/component/right"] == pytest.approx(2 / 3)
+    assert found["reward/component/brief"] == pytest.approx(0.75 / 2)
 
 
 def test_old_states_of_prompts_and_branches_add_up() -> None:

@@ -244,7 +244,7 @@ def test_the_figures_of_a_step(tmp_path: Path) -> None:
         assert metrics["tokens/trained"] == sum(lengths)
         assert metrics["weights/probe_difference"] == 0.0
         assert metrics["weights/pause_s"] == pytest.approx(0.02)
-        assert metrics["loss"] == 0.5
+        assert metrics["learner/loss"] == 0.5
     assert summary["tokens"]["trained"] == trained_tokens
     assert summary["staleness"]["mean"] == pytest.approx(sum(ages) / len(ages))
     assert summary["staleness"]["max"] == max(ages)

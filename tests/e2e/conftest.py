@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from rlsys.metrics.catalog import find
+
 REPO = Path(__file__).parents[2]
 CONFIGS = REPO / "configs"
 RUN_TIMEOUT_S = 280
@@ -78,4 +80,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The rows of metrics.jsonl, and a check that every metric in them is defined."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [name for row in rows for name in row if name != "step" and find(name) is None] == []
+    return rows

@@ -114,7 +114,8 @@ def simple(index: int, score: float = 1.0) -> ScoredGroup:
         )
         for i in range(2)
     )
-    return ScoredGroup(RolloutGroup(prompt, rollouts, "generator-0"), (Reward("ok", score), Reward("ok", 0.0)))
+    rewards = (Reward("ok", score, {"sums": score}), Reward("ok", 0.0))
+    return ScoredGroup(RolloutGroup(prompt, rollouts, "generator-0"), rewards)
 
 
 def names(directory: Path) -> list[str]:
@@ -143,7 +144,9 @@ async def test_settled_groups_move_to_the_file_of_their_step(tmp_path: Path) -> 
     assert names(tmp_path / "pending") == ["000000001.parquet", "000000004.parquet"]  # nothing else is in these
     samples = await store.samples(1, limit=1)
     assert [(s.prompt_id, s.response, s.score, s.versions) for s in samples] == [("p0", "0/0", 1.0, "0-1")]
-    assert len(await store.samples(1, limit=9)) == 2  # never a dropped one
+    samples = await store.samples(1, limit=9)
+    assert {s.prompt_id: s.fate for s in samples} == {"p0": "trained", "p2": "trained", "p3": "dropped: zero variance"}
+    assert all(s.components == {"sums": s.score} for s in samples)
     assert await store.samples(7, limit=1) == []
     await store.settled(["p4"], "dropped: stale", 1)
     await store.close()

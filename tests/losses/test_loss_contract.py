@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlsys.losses import Correction, Loss, LossInputs, Regularizer, TokenLoss, corrections, policy, regularizers
 from rlsys.metrics import merge, reduce
+from rlsys.metrics.catalog import find
 from rlsys.registry import discover
 
 LOSSES = discover(policy, Loss)
@@ -97,6 +98,7 @@ def test_shape_type_and_finite_metrics(make: Callable[[], Any]) -> None:
     assert out.per_token.dtype == torch.float32
     assert out.per_token.isfinite().all()
     assert all(math.isfinite(value) for value in reduce(out.metrics).values())
+    assert [name for name in out.metrics if find(name) is None] == [], "define them in rlsys/metrics/catalog.py"
 
 
 @added

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlsys.trackers.console import ConsoleTracker, duration, waiting
+from rlsys.trackers.console import ConsoleTracker, bound_by, duration, waiting
 
 STEP = {
     "reward/mean": 0.4375,
@@ -20,6 +20,9 @@ STEP = {
     "time/step_s": 2.0,
     "wait/learner_for_rollouts_s": 0.5,
     "wait/generators_for_learner_s": 0.02,
+    "bound/generation": 0.25,
+    "bound/reward": 0.0,
+    "bound/learner": 0.7,
 }
 SUMMARY: dict[str, Any] = {
     "eval": {"before": {"accuracy": 0.25}, "after": {"accuracy": 0.5}},
@@ -51,7 +54,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert lines[1] == "held-out after step 0: accuracy 25.0% (512 problems)"
     assert lines[31] == (
         "step 30/60  reward 0.438  held-out 25.0% (step 0)  staleness 0.50 (max 1)  "
-        "tokens/s 8,123 generated, 7,000 trained  waiting learner for rollouts 25%  left 1m00s"
+        "tokens/s 8,123 generated, 7,000 trained  waiting learner for rollouts 25%  bound by learner 70%  left 1m00s"
     )
 
 
@@ -100,6 +103,16 @@ def test_who_waits_for_whom(learner: float, generators: float, said: str) -> Non
         "wait/generators_for_learner_s": generators,
     }
     assert waiting(metrics) == said
+
+
+@pytest.mark.parametrize(
+    ("generation", "reward", "learner", "said"),
+    [(0.5, 0.2, 0.3, "generation 50%"), (0.0, 0.9, 0.1, "reward 90%"), (0.01, 0.02, 0.03, None)],
+)
+def test_the_stage_that_a_step_is_bound_by(generation: float, reward: float, learner: float, said: str | None) -> None:
+    metrics = {"bound/generation": generation, "bound/reward": reward, "bound/learner": learner, "time/step_s": 1.0}
+    assert bound_by(metrics) == said
+    assert bound_by({"time/step_s": 1.0}) is None
 
 
 def test_durations() -> None:
