@@ -59,6 +59,7 @@ class Production:
             prompts = [self._strategy.start(prompt) for prompt in prompts]
         books.start(prompts)
         self._recorder.sampling(len(prompts))
+        self._recorder.traces.begin(prompts, books.batch)
         requests = [Request(prompt, drawing.sampling(prompt), training=True) for prompt in prompts]
         answers = self._generators.submit(requests)
         return [self._produce(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -83,7 +84,7 @@ class Production:
             [generating] = self._generators.submit([request])
 
     async def _once(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
-        books = self._books
+        books, traces = self._books, self._recorder.traces
         try:
             generated, _ = await generating
         except WorkFailed as error:
@@ -93,8 +94,11 @@ class Production:
         info: GroupInfo = generated.info
         self._recorder.generated(info)
         self._ledger.sampled(info)
+        traces.passed(prompt.id, "sampling", info.generator)
         try:
             rounds, later = await self._branch(prompt, generated)
+            if len(rounds) > 1:
+                traces.passed(prompt.id, "branches", "generators")
             [scoring] = self._rewarders.submit([Rounds(prompt.id, rounds, training=True)])
             scored, rewarder = await scoring
         except SegmentError as error:
@@ -102,7 +106,9 @@ class Production:
         except WorkFailed as error:
             return await books.drop(prompt, f"rewards failed: {error}", info)
         self._ledger.scored(scored.info, rewarder)
+        traces.passed(prompt.id, "reward", rewarder)
         await books.keep(scored.payload)
+        traces.passed(prompt.id, "disk", "driver")
         books.drawing.carry(prompt.index, later)
         await self.finish(prompt, scored)
 
@@ -146,6 +152,8 @@ class Production:
             item = await self._compared(TrainItem(info, scored.payload, None))
         except WorkFailed as error:
             return await self._books.drop(prompt, f"reference failed: {error}", info, on_disk=True)
+        if self._reference is not None:
+            self._recorder.traces.passed(prompt.id, "reference", "reference")
         self._books.finish(prompt, item)
 
     async def again(self, items: Sequence[TrainItem]) -> list[TrainItem]:
