@@ -140,7 +140,9 @@ def read_incidents(run_dir: Path, most: int) -> list[Event]:
     """The newest notes that are no routine, the newest first. Raises RunDirError, as `read_run` does."""
     marks = ", ".join("?" * len(ROUTINE))
     with _open(run_dir) as db:
-        query = f"SELECT * FROM events WHERE prompt_id IS NULL AND event NOT IN ({marks}) ORDER BY position DESC LIMIT ?"
+        query = (
+            f"SELECT * FROM events WHERE prompt_id IS NULL AND event NOT IN ({marks}) ORDER BY position DESC LIMIT ?"
+        )
         return _events(db.execute(query, (*ROUTINE, most)))
 
 
@@ -188,7 +190,7 @@ def steps_with_failed_rewards(run_dir: Path, most: int) -> list[int]:
         rows = db.execute(
             """SELECT DISTINCT step FROM events JOIN prompts ON prompts.id = events.prompt_id
                WHERE event = 'scored' AND step IS NOT NULL
-                     AND (json_extract(detail, '$.statuses.timeout') > 0 OR json_extract(detail, '$.statuses.error') > 0)
+                     AND coalesce(json_extract(detail, '$.statuses.timeout'), json_extract(detail, '$.statuses.error'))
                ORDER BY step LIMIT ?""",
             (most,),
         )

@@ -71,7 +71,7 @@ def share(name: str, whole: str) -> Value:
 _LEARNING: Sequence[tuple[str, str, Value]] = (
     ("Reward", "mean score of the batch (reward/mean)", of("reward/mean")),
     ("Groups with a signal", "share of the prompts whose scores differ (groups/with_signal)", of("groups/with_signal")),
-    ("Entropy", "of the policy, estimated from samples, nats (learner/entropy_estimate)", of("learner/entropy_estimate")),
+    ("Entropy", "of the policy, estimated from samples (learner/entropy_estimate)", of("learner/entropy_estimate")),
     ("Distance from the reference", "KL divergence per token, k3 (reference/kl_k3)", of("reference/kl_k3")),
     ("Gradient norm", "before clipping (learner/grad_norm)", of("learner/grad_norm")),
     (
@@ -140,7 +140,7 @@ def curve(runs: Sequence[Sequence[Row]], value: Value) -> Curve | None:
     points = []
     for first in range(0, len(steps), every):
         some = steps[first : first + every]
-        means = [sum(v) / len(v) for run in found if (v := [run[step] for step in some if step in run])]
+        means = [sum(own) / len(own) for run in found if (own := [run[step] for step in some if step in run])]
         points.append((sum(some) / len(some), sum(means) / len(means), min(means), max(means), len(means)))
     x, mean, low, high, count = zip(*points, strict=True)
     return Curve(x, mean, low, high, count, every)
@@ -235,13 +235,14 @@ def _shares(counts: Mapping[int, int]) -> tuple[list[float], list[float]]:
 
 def _finished(figure: go.Figure, x_title: str) -> dict[str, Any]:
     """As plain JSON. The template is the same for all, and is kept once: `template`."""
+    positive = all(value >= 0 for trace in figure.data for value in trace.y)
     figure.update_layout(
         height=240,
         margin={"l": 48, "r": 10, "t": 8, "b": 38},
         showlegend=False,
         hovermode="x",
         xaxis={"title": {"text": x_title, "font": {"size": 11}}, "zeroline": False},
-        yaxis={"zeroline": False, "nticks": 6},
+        yaxis={"zeroline": False, "nticks": 6, "rangemode": "nonnegative" if positive else "normal"},
     )
     found: dict[str, Any] = json.loads(figure.to_json())
     found["layout"].pop("template", None)

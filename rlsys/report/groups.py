@@ -40,7 +40,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     members = list(found.values())
     names = Counter(group[0].name for group in members)
     return [
-        Group(group[0].name if names[group[0].name] == 1 else group[0].label, group, _seeds(group)) for group in members
+        Group(group[0].name if names[group[0].name] == 1 else _label(group), group, _seeds(group)) for group in members
     ]
 
 
@@ -60,6 +60,13 @@ def show(config: Mapping[str, Any], key: str) -> str:
         return ""
     value = config[key]
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _label(runs: Sequence[Run]) -> str:
+    """By the folders of the runs."""
+    if len(runs) > 3:
+        return f"{runs[0].label} and {len(runs) - 1} more"
+    return ", ".join(run.label for run in runs)
 
 
 def _seeds(runs: Sequence[Run]) -> dict[str, list[Any]]:

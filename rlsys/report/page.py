@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ def render(runs: Sequence[Run]) -> str:
     parts = sections(groups)
     metrics = every_metric(groups)
     scripts = [Markup(get_plotlyjs()), Markup((_PAGE / "page.js").read_text("utf-8"))]
-    shown = [(group, place, run) for place, group in enumerate(groups) for run in group.runs]
-    ordered = [run for _, _, run in shown]
+    shown = [(place, run) for place, group in enumerate(groups) for run in group.runs]
+    ordered = [run for _, run in shown]
     return environment.get_template("page.html").render(
         title=", ".join(group.label for group in groups),
         made=time.strftime("%Y-%m-%d %H:%M"),
@@ -50,7 +50,7 @@ def render(runs: Sequence[Run]) -> str:
             {"label": group.label, "colour": colour(place), "runs": len(group.runs), "seeds": _seeds(group)}
             for place, group in enumerate(groups)
         ],
-        runs=[_facts(run, group, place) for group, place, run in shown],
+        runs=[_facts(run, place) for place, run in shown],
         sections=parts,
         metrics=sorted(metrics),
         differences=differences(groups),
@@ -87,7 +87,8 @@ def _seeds(group: Group) -> str:
     return "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in group.seeds.items())
 
 
-def _facts(run: Run, group: Group, place: int) -> dict[str, str]:
+def _facts(run: Run, place: int) -> dict[str, Any]:
+    """The row of a run in the first table; "" for what is not known."""
     accuracy = [found for row in run.evals if (found := number(row.get("accuracy"))) is not None]
     reward = [found for row in run.steps if (found := number(row.get("reward/mean"))) is not None]
     tenth = max(1, len(reward) // 10)
@@ -95,19 +96,16 @@ def _facts(run: Run, group: Group, place: int) -> dict[str, str]:
     tokens = [found for row in run.steps if (found := number(row.get("tokens/trained"))) is not None]
     return {
         "label": run.label,
-        "group": group.label,
         "colour": colour(place),
-        "state": run.state,
-        "accuracy": f"{accuracy[0]:.1%} → {accuracy[-1]:.1%}" if len(accuracy) > 1 else "".join(_percent(accuracy)),
-        "reward": f"{_mean(reward[:tenth]):.3g} → {_mean(reward[-tenth:]):.3g}" if reward else "",
-        "tokens": f"{sum(tokens):,.0f}" if tokens else "",
-        "time": "" if run.wall_s is None else _clock(run.wall_s),
-        "staleness": f"{max(staleness):g}" if staleness else "",
+        "facts": {
+            "state": run.state,
+            "held-out accuracy": " → ".join(f"{value:.1%}" for value in [*accuracy[:1], *accuracy[1:][-1:]]),
+            "reward": f"{_mean(reward[:tenth]):.3g} → {_mean(reward[-tenth:]):.3g}" if reward else "",
+            "tokens trained": f"{sum(tokens):,.0f}" if tokens else "",
+            "time": "" if run.wall_s is None else _clock(run.wall_s),
+            "largest staleness": f"{max(staleness):g}" if staleness else "",
+        },
     }
-
-
-def _percent(values: Iterable[float]) -> list[str]:
-    return [f"{value:.1%}" for value in values]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -117,7 +115,9 @@ def _mean(values: Sequence[float]) -> float:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _fates(runs: Sequence[Run]) -> dict[str, Any]:
@@ -137,7 +137,11 @@ def _notes(run: Run) -> list[tuple[str, str, str]]:
     """The newest incidents: when, what, and in a line what was said of it."""
     notes = []
     for note in run.incidents[-_NOTES:]:
-        said = [f"{key} {value}" for key, value in note.detail.items() if isinstance(value, str | int | float) and value != ""]
+        said = [
+            f"{key} {value}"
+            for key, value in note.detail.items()
+            if isinstance(value, str | int | float) and value != ""
+        ]
         line = ", ".join(said)
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note.at))
         notes.append((at, note.event, line if len(line) <= 300 else f"{line[:300]} ..."))

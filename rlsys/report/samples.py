@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A response. `group` are the scores of all rollouts of its prompt, in order; None is unscored; its own is at `place`.
+    """A response. `group` are the scores of all rollouts of its prompt, in order (None: unscored), its own at `place`.
 
     `versions` says which weights sampled which tokens: `48[0:7]`. `pieces` is empty without segments.
     """
@@ -81,7 +81,7 @@ class Samples:
     """
 
     shown: Sequence[Sample] = ()
-    kinds: Mapping[str, Sequence[int]] = field(default_factory=lambda: {kind: () for kind in KINDS})
+    kinds: Mapping[str, Sequence[int]] = field(default_factory=lambda: dict.fromkeys(KINDS, ()))
     read: int = 0
     files: int = 0
 
@@ -223,7 +223,8 @@ def _choose(rows: _Rows) -> dict[str, list[tuple[int, int]]]:
 
 def _sample(row: Mapping[str, Any], decode: Callable[[list[int]], str] | None, light: pa.Table) -> Sample:
     columns = [light.column(name).to_pylist() for name in ("prompt_id", "sample", "score", "reward_status")]
-    group, place = [], 0
+    group: list[float | None] = []
+    place = 0
     for prompt_id, number, score, status in zip(*columns, strict=True):
         if prompt_id == row["prompt_id"]:
             place = len(group) if number == row["sample"] else place

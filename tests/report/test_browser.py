@@ -125,7 +125,9 @@ def test_what_a_run_says_is_not_run(page: Any, hostile: str) -> None:
 
 def test_the_policy_of_the_page_holds_by_itself(page: Any) -> None:
     """Were something not escaped, it still could not run."""
-    page.execute_script("document.getElementById('samples').innerHTML = `<img src=x onerror=\"document.title='owned'\">`")
+    page.execute_script(
+        "document.getElementById('samples').innerHTML = `<img src=x onerror=\"document.title='owned'\">`"
+    )
     scroll_through(page)
     assert page.title != "owned"
     assert any("Content Security Policy" in entry["message"] for entry in page.get_log("browser"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ def rows(*values: float | None, name: str = "a") -> list[dict[str, Any]]:
     return [{"step": i, **({} if v is None else {name: v})} for i, v in enumerate(values, 1)]
 
 
-def run(label: str, steps: list[dict[str, Any]], lengths: dict[int, dict[int, int]] = {}) -> Run:
+def run(
+    label: str, steps: list[dict[str, Any]], lengths: Mapping[int, Mapping[int, int]] = MappingProxyType({})
+) -> Run:
     return Run(Path(label), label, {}, steps, [], None, None, lengths, Samples(), None, [])
 
 
@@ -104,7 +108,7 @@ def test_lengths_of_the_first_and_the_last_tenth_of_the_steps() -> None:
 
 
 def test_long_responses_are_counted_in_bins() -> None:
-    counts = {length: 1 for length in range(1, 601)}
+    counts = dict.fromkeys(range(1, 601), 1)
     x, y = figures._shares(counts)
     assert len(x) == 60
     assert x[0] == 5.5  # of 1 to 10

@@ -28,8 +28,8 @@ def test_groups_labels_and_differences(runs: list[Path]) -> None:
     assert [run.label for run in read] == ["a/0", "a/1", "b/0", "c/0"]
     groups = group_runs(read)
     assert [[run.label for run in group.runs] for group in groups] == [["a/0", "a/1"], ["b/0"], ["c/0"]]
-    # the name of the config where it tells them apart, else the folder
-    assert [group.label for group in groups] == ["a/0", "b/0", "other"]
+    # the name of the config where it tells them apart, else the folders
+    assert [group.label for group in groups] == ["a/0, a/1", "b/0", "other"]
     assert [dict(group.seeds) for group in groups] == [{"run.seed": [0, 1]}, {}, {}]
     found = {row.key: list(row.values) for row in differences(groups)}
     assert found == {

@@ -64,8 +64,9 @@ def broken(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, broken], ids=["missing", "damaged"])
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "evals.jsonl", "summary.json", "ledger.sqlite", "rollouts/step-000002.parquet"]
-)  # fmt: skip
+    "name",
+    ["config.yaml", "metrics.jsonl", "evals.jsonl", "summary.json", "ledger.sqlite", "rollouts/step-000002.parquet"],
+)
 def test_what_is_missing_or_damaged_is_named_and_the_rest_is_shown(
     run_dir: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
