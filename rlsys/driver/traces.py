@@ -35,7 +35,7 @@ class Traces:
             self._since[prompt_id] = ended
 
     def trained(self, infos: Iterable[GroupInfo], figures: Mapping[str, float]) -> None:
-        """A step on these groups has ended. Its figures say how much of it was the update, after the batch was built."""
+        """A step on these groups has ended; its figures say how much of it was the update, after building the batch."""
         ended = self._now()
         built = ended - figures["learner/update_s"] if "learner/update_s" in figures else None
         for info in infos:

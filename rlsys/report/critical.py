@@ -128,9 +128,7 @@ def analyse(run_dir: Path, step: int | None = None) -> Analysis:
     figures = {int(row["step"]): row for row in read_rows(run_dir / METRICS)}
     reference = "reference" in read_workers(run_dir)
     walk = _Walk(spans, passages, "reference" if reference else "disk")
-    paths = [
-        walk.path(i, taken[i], taken[i - 1].end if i - 1 in taken else None, figures.get(i, {})) for i in chosen
-    ]
+    paths = [walk.path(i, taken[i], taken[i - 1].end if i - 1 in taken else None, figures.get(i, {})) for i in chosen]
     parts = [part for path_ in paths for part in path_.parts]
     ends = [taken[i].end for i in chosen]
     trained = {
@@ -244,9 +242,7 @@ class _Way:
             self.back("other", self._floor)
 
 
-def _roles(
-    parts: Sequence[Part], spans: Sequence[Span], passages: Sequence[Passage], reference: bool
-) -> list[Role]:
+def _roles(parts: Sequence[Part], spans: Sequence[Span], passages: Sequence[Passage], reference: bool) -> list[Role]:
     """The learner, generators, reward workers and the reference; a generator that evaluates is at work."""
     work: dict[str, list[tuple[float, float]]] = {"learner": []}
     names = {span.lane for span in spans if span.lane.startswith("generator")}

@@ -4,8 +4,8 @@ The file is whole JSON after every flush: new events overwrite its closing brack
 write. It is sampled: of each kind of event in each lane the first `dense` are kept, then every second of as many again,
 then every fourth, so that a long run stays readable.
 
-The way of a prompt is a row of its own there: its stages are asynchronous events that share its id (`id`, and `prompt` in
-their arguments, which a search finds). Prompts are sampled in the same way, each with all of its stages or none.
+The way of a prompt is a row of its own there: its stages are asynchronous events that share its id; a search finds it.
+Prompts are sampled in the same way, each with all of its stages or none.
 """
 
 from __future__ import annotations

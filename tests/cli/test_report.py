@@ -69,7 +69,9 @@ def test_timeline_says_what_bounded_the_steps(rlsys: Callable, tmp_path: Path) -
         tracker.event(f"step {step}", 100.0 * step, 100.0 * step + 60, "learner")
         tracker.event(f"publish {step}", 100.0 * step + 60, 100.0 * step + 70, "learner")
     tracker.finish({})
-    (path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "wait/learner_for_rollouts_s": 0.0}}\n' for i in (1, 2, 3)))
+    (path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}, "wait/learner_for_rollouts_s": 0.0}}\n' for i in (1, 2, 3))
+    )
     done = rlsys("timeline", path)
     assert done.code == 0, done.err
     lines = [" ".join(line.split()) for line in done.out.splitlines()]

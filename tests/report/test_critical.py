@@ -59,7 +59,9 @@ def test_the_slow_stage_bounds_the_steps(make_run: Callable, tmp_path: Path, slo
 @pytest.mark.parametrize("bound", [0, 1, 2])
 def test_the_parts_add_up_to_the_step(make_run: Callable, tmp_path: Path, bound: int) -> None:
     run = run_of(make_run, tmp_path / "run", Timing(), bound)
-    times = {row["step"]: row["time/step_s"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    times = {
+        row["step"]: row["time/step_s"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    }
     found = analyse(run)
     for path in found.paths:
         for before, after in zip(path.parts, path.parts[1:], strict=False):
@@ -94,7 +96,7 @@ def test_a_straggler_is_waited_for_by_the_other_generator(make_run: Callable, tm
     run = run_of(make_run, tmp_path / "run", QUICK, 0, act=slow_down)
     roles = {role.name: role for role in analyse(run).roles}
     assert roles["generator-0"].busy > 0.9 * roles["generator-0"].seconds
-    assert roles["generator-1"].waited["generators"] > 0.8 * roles["generator-1"].seconds
+    assert roles["generator-1"].waited["generators"] > 0.6 * roles["generator-1"].seconds
 
 
 def test_the_batch_is_told_from_the_gradient_where_the_learner_says_so(make_run: Callable, tmp_path: Path) -> None:
