@@ -97,7 +97,9 @@ def report(
 @app.command(help="Where the time of a run went: the critical path of its steps, and who waited for whom.")
 def timeline(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    step: Annotated[int | None, typer.Option(metavar="N", min=1, help="This step; without it: the newest ones.")] = None,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="This step; without it: the newest ones.")
+    ] = None,
 ) -> None:
     from rlsys.cli.timeline import timeline as run
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
@@ -66,7 +66,7 @@ class Top(App[None]):
     """Where the driver is gone, the newest figures stay, and it is asked again: it may come back."""
 
     TITLE = "rlsys"
-    BINDINGS = [("q", "quit", "quit")]
+    BINDINGS: ClassVar = [("q", "quit", "quit")]
     ENABLE_COMMAND_PALETTE = False
     CSS = """
     #state { padding: 0 1; height: auto; }
@@ -123,7 +123,9 @@ def _state(run_dir: Path, view: View) -> Text:
     found = view.status
     if found is None:
         step = view.rows[-1]["step"] if view.rows else 0
-        return Text.assemble((str(run_dir), "bold"), f": step {step}, ", ("nobody answers", "bold yellow"), f": {view.absent}")
+        return Text.assemble(
+            (str(run_dir), "bold"), f": step {step}, ", ("nobody answers", "bold yellow"), f": {view.absent}"
+        )
     state = "stopping" if found["stopping"] else "running" if found["started"] else "starting"
     style = "bold green" if state == "running" else "bold yellow"
     seconds = _mean(view.rows, "time/step_s")
@@ -176,7 +178,9 @@ def _incident_lines(incidents: Sequence[Event]) -> Text:
     lines = []
     for note in incidents:
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(note.at))
-        detail = ", ".join(f"{key} {value}" for key, value in note.detail.items() if isinstance(value, str | int | float))
+        detail = ", ".join(
+            f"{key} {value}" for key, value in note.detail.items() if isinstance(value, str | int | float)
+        )
         lines.append(f"{at}  {note.event}: {detail}".partition("\n")[0])
     return Text("\n".join(lines) or "none", no_wrap=True, overflow="ellipsis")
 
@@ -188,7 +192,9 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 def _clock(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under a minute"
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under a minute"
+    )
 
 
 def top(run_dir: Path) -> None:

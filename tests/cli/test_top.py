@@ -15,7 +15,7 @@ from rlsys.cli.top import Top
 from rlsys.config.loading import dump_config
 from rlsys.config.models import Sizes
 from rlsys.driver.control import controlled
-from rlsys.sim.drive import sim_config, simulate
+from rlsys.sim.drive import at, sim_config, simulate
 from rlsys.trackers.jsonl import JsonlTracker
 
 
@@ -34,18 +34,25 @@ class Answering:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[str, Any]]:
-    """A run that lost a generator, and the status of its driver at the end."""
+    """A run that lost a generator, and the status of its driver shortly before its end."""
     path = tmp_path_factory.mktemp("runs") / "run"
     path.mkdir()
     config = sim_config(steps=4, run={"steps": 4, "name": "small"})
     dump_config(config, path / "config.yaml")
 
-    def act(simulation: Any) -> None:
-        simulation.driver.tracker = simulation.driver.recorder.tracker = JsonlTracker(path)
-        asyncio.get_running_loop().call_later(2.0, simulation.generators[0].kill)
+    found: dict[str, Any] = {}
 
-    simulation, _ = simulate(config, path, act)
-    return path, {**simulation.driver.status(), "started": True, "step": 3}
+    def act(simulation: Any) -> None:
+        def note() -> None:
+            found.update(simulation.driver.status())
+            at(0.5, note)
+
+        simulation.driver.tracker = simulation.driver.recorder.tracker = JsonlTracker(path)
+        at(2.0, simulation.generators[0].kill)
+        note()
+
+    simulate(config, path, act)
+    return path, {**found, "started": True, "step": 3}
 
 
 def text(app: Top, name: str) -> str:
@@ -72,7 +79,7 @@ async def test_it_shows_how_a_run_stands_and_follows_it(run: tuple[Path, Mapping
         await until(app, pilot, lambda: "running" in text(app, "state"))
         assert "small: running, step 3 of 4" in text(app, "state")
         facts = text(app, "facts")
-        for expected in ("learner 4, every generator has", "slots open", "steps a minute", "the learner for rollouts"):
+        for expected in (", every generator has ", "slots open", "steps a minute", "the learner for rollouts"):
             assert expected in facts
         table = app.query_one("#workers", DataTable)
         cells = [str(cell) for cell in table.get_row_at(0)]
