@@ -341,8 +341,11 @@ class Tracker(Protocol):
 
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None: ...
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
-        """Something that took time, for the timeline; `lane` is the worker, such as "generator-0" or "learner"."""
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
+        """Something that took time, for the timeline; `lane` is the worker, such as "generator-0" or "learner".
+
+        `trace` is the id of the prompt that it was done for, where it is a stage in the way of a prompt.
+        """
         ...
 
     def incident(self, title: str, text: str) -> None:

@@ -114,6 +114,37 @@ def inspect(
     run(run_dir, prompt, html)
 
 
+@app.command(help="One HTML page of one run, or of several beside each other; runs that differ in seeds only are one.")
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    from rlsys.cli.report import report as run
+
+    run(run_dirs, out)
+
+
+@app.command(help="Where the time of a run went: the critical path of its steps, and who waited for whom.")
+def timeline(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="This step; without it: the newest ones.")
+    ] = None,
+) -> None:
+    from rlsys.cli.timeline import timeline as run
+
+    run(run_dir, step)
+
+
+@app.command(help="Watch a run that is going on; q ends it.")
+def top(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+) -> None:
+    from rlsys.cli.top import top as run
+
+    run(run_dir)
+
+
 @app.command(help="How a run stands: its roles, versions, queues, restarts and newest incident.")
 def status(
     run: Run,

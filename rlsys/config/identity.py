@@ -26,14 +26,14 @@ MAY_DIFFER = (
 
 def same_run(config: Config, other: Config) -> list[str]:
     """Dotted keys that differ between two configs and may not, for one to go on with the other's run."""
-    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+    ours, theirs = flatten(config.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
     differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     return [key for key in differing if not _may_differ(key)]
 
 
 def config_hash(config: Config) -> str:
     """SHA-256 of what may not differ between a run and its continuation."""
-    kept = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not _may_differ(key)}
+    kept = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if not _may_differ(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -43,7 +43,7 @@ def check_same_run(config: Config, written: Path) -> None:
     keys = same_run(config, other)
     if not keys:
         return
-    ours, theirs = _flatten(config.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+    ours, theirs = flatten(config.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
     lines = [f"  {key}: {show(theirs.get(key))} there, {show(ours.get(key))} now" for key in keys]
     raise RunDirError(
         f"{written.parent} belongs to a run with another config:\n" + "\n".join(lines) + "\n"
@@ -55,7 +55,8 @@ def _may_differ(key: str) -> bool:
     return key.endswith("timeout_s") or any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of values as dotted keys and plain values; what is empty is a value itself."""
     items: list[tuple[str, Any]]
     if isinstance(tree, dict) and tree:
         items = list(tree.items())
@@ -65,5 +66,5 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for key, value in items:
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat

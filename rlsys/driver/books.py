@@ -109,6 +109,7 @@ class Books:
     async def drop(self, prompt: Prompt, reason: str, info: GroupInfo | None = None, on_disk: bool = False) -> None:
         """Record why a group under way is given up, and free its slot."""
         self.ledger.dropped(prompt.id, reason, self.step)
+        self._recorder.traces.end(prompt.id)
         self.buffer.drop(prompt.index)
         self._recorder.arrived(prompt.id, dropped=True)
         self._dropped(prompt.index, info)
@@ -136,7 +137,10 @@ class Books:
         return self.buffer.ready(self.step)
 
     def take(self) -> list[TrainItem]:
-        return [entry.item for entry in self.buffer.take(self.step)]
+        items = [entry.item for entry in self.buffer.take(self.step)]
+        for item in items:
+            self._recorder.traces.passed(item.info.prompt_id, "queue", "buffer")
+        return items
 
     async def expire(self) -> None:
         """The hard bound on staleness: admission keeps groups from getting here; one that does is dropped and shown."""
@@ -144,6 +148,7 @@ class Books:
             info = entry.item.info
             reason = f"stale: its oldest token is of version {entry.version}, the learner is at {self.step}"
             self.ledger.dropped(info.prompt_id, reason, self.step)
+            self._recorder.traces.end(info.prompt_id)
             self._dropped(info.index, info)
             await self._store(self.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
 

@@ -286,7 +286,9 @@ class Driver:
                 logger.warning("the batch of step %d is read again from disk: %s", self.step + 1, error)
                 items = await self.production.again(items)
         infos = [item.info for item in items]
-        chosen = self.drawing.observe(report, infos, reduce(report.metrics))
+        figures = reduce(report.metrics)
+        self.recorder.traces.trained(infos, figures)
+        chosen = self.drawing.observe(report, infos, figures)
         record = self.recorder.step(report, infos, chosen, self.books.buffer.under_way, self.books.buffer.finished)
         self._alert(self.alerts.step(report.version, record, report.skipped))
         self._spawn(self._show(self.books.write(items, fate), report))

@@ -61,6 +61,7 @@ class Production:
         self._recorder.sampling(len(prompts))
         for prompt in prompts:
             self._recorder.entered(prompt.id, "generation")
+        self._recorder.traces.begin(prompts, books.batch)
         requests = [Request(prompt, drawing.sampling(prompt), training=True) for prompt in prompts]
         answers = self._generators.submit(requests)
         return [self._produce(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -86,7 +87,7 @@ class Production:
             [generating] = self._generators.submit([request])
 
     async def _once(self, prompt: Prompt, generating: Awaitable[Any]) -> None:
-        books = self._books
+        books, traces = self._books, self._recorder.traces
         try:
             generated, _ = await generating
         except WorkFailed as error:
@@ -96,9 +97,12 @@ class Production:
         info: GroupInfo = generated.info
         self._recorder.generated(info)
         self._ledger.sampled(info)
+        traces.passed(prompt.id, "sampling", info.generator)
         try:
             rounds, later = await self._branch(prompt, generated)
             self._recorder.entered(prompt.id, "reward")
+            if len(rounds) > 1:
+                traces.passed(prompt.id, "branches", "generators")
             [scoring] = self._rewarders.submit([Rounds(prompt.id, rounds, training=True)])
             scored, rewarder = await scoring
         except SegmentError as error:
@@ -107,7 +111,9 @@ class Production:
             return await books.drop(prompt, f"rewards failed: {error}", info)
         self._ledger.scored(scored.info, rewarder)
         self._recorder.entered(prompt.id, "after")
+        traces.passed(prompt.id, "reward", rewarder)
         await books.keep(scored.payload)
+        traces.passed(prompt.id, "disk", "driver")
         books.drawing.carry(prompt.index, later)
         await self.finish(prompt, scored)
 
@@ -151,6 +157,8 @@ class Production:
             item = await self._compared(TrainItem(info, scored.payload, None))
         except WorkFailed as error:
             return await self._books.drop(prompt, f"reference failed: {error}", info, on_disk=True)
+        if self._reference is not None:
+            self._recorder.traces.passed(prompt.id, "reference", "reference")
         self._books.finish(prompt, item)
 
     async def again(self, items: Sequence[TrainItem]) -> list[TrainItem]:

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from rlsys.driver.bottleneck import Passage, Span, Stage, shares
+from rlsys.driver.traces import Traces
 from rlsys.metrics import Last, Max, Mean, Metric, Sum, merge, reduce
 from rlsys.metrics.catalog import Undefined
 from rlsys.roles import PublishedWeights, StepReport, Tracker, UpdateReport
@@ -45,6 +46,7 @@ class Recorder:
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
+        self.traces = Traces(self.event, self.now)
         self.totals = Totals()
         self._started = 0.0
         self._step_started = 0.0
@@ -152,8 +154,8 @@ class Recorder:
         """The reference has taken the policy's weights in."""
         self._reference = version
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
-        self.tracker.event(name, start, end, lane)
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
+        self.tracker.event(name, start, end, lane, trace)
 
     @contextmanager
     def span(self, name: str, lane: str) -> Iterator[None]:

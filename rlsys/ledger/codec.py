@@ -217,14 +217,16 @@ def write_rows(table: pa.Table, path: Path, synced: bool = False, **options: Any
         raise RlsysError(f"rollout store: {path} cannot be written: {error}") from error
 
 
-def read_rows(path: Path, schema: pa.Schema) -> pa.Table:
-    """The rows that `write_rows` wrote, of `SCHEMA` or `FATE_SCHEMA`.
+def read_rows(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows that `write_rows` wrote, of `SCHEMA` or `FATE_SCHEMA`; only some `columns` of it, if they are given.
 
     Raises DataError when the file is damaged: there are checksums of its data, and what is beside them has to be as the
     schema says, and to say the same twice.
     """
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns])
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(path, columns=None if columns is None else list(columns), page_checksum_verification=True)
         table.validate(full=True)
         rows = int((table.schema.metadata or {}).get(_ROWS, -1))
     except (OSError, ValueError, pa.ArrowException) as error:

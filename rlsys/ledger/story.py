@@ -19,6 +19,8 @@ from rlsys.ledger.ledger import CONSUMED, count_fates, ledger_error
 LEDGER_FILE = "ledger.sqlite"
 ROLLOUTS_DIR = "rollouts"
 
+ROUTINE = ("worker joined", "worker left", "checkpoint")  # what happens to every run, and is no incident
+
 _JSON_COLUMNS = ("lengths", "scores")
 _SHOWN = (
     "prompt", "answer", "sample", "text", "finish_reason", "score", "reward_status", "reward_detail", "version_spans",
@@ -71,13 +73,28 @@ class Consumed:
     skipped: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A prompt got from one place to the next: drawn, assigned, sampled, branched, scored, buffered, trained, dropped.
+
+    `at` is seconds since 1970; `worker` did it, "" where no worker has a part in it.
+    """
+
+    at: float
+    prompt_id: str
+    event: str
+    worker: str
+
+
 @contextmanager
 def _open(run_dir: Path) -> Iterator[sqlite3.Connection]:
     path = run_dir / LEDGER_FILE
     if not path.is_file():
         raise RunDirError(f"{run_dir} is no run directory: it has no {LEDGER_FILE}")
+    # Without a WAL nobody has it open: then it is read as it lies there, and nothing is left beside it.
+    still = "" if path.with_name(f"{LEDGER_FILE}-wal").exists() else "&immutable=1"
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{still}", uri=True)) as connection:
             connection.row_factory = sqlite3.Row
             yield connection
     except sqlite3.Error as error:
@@ -117,6 +134,67 @@ def read_run(run_dir: Path) -> RunStory:
             first_prompts=[row["id"] for row in db.execute("SELECT id FROM prompts ORDER BY idx LIMIT 5")],
             prompts=sum(count for _, _, count in counts),
         )
+
+
+def read_incidents(run_dir: Path, most: int) -> list[Event]:
+    """The newest notes that are no routine, the newest first. Raises RunDirError, as `read_run` does."""
+    marks = ", ".join("?" * len(ROUTINE))
+    with _open(run_dir) as db:
+        query = (
+            f"SELECT * FROM events WHERE prompt_id IS NULL AND event NOT IN ({marks}) ORDER BY position DESC LIMIT ?"
+        )
+        return _events(db.execute(query, (*ROUTINE, most)))
+
+
+def read_workers(run_dir: Path) -> set[str]:
+    """The names of all workers that have ever joined. Raises RunDirError, as `read_run` does."""
+    with _open(run_dir) as db:
+        query = "SELECT DISTINCT json_extract(detail, '$.worker') FROM events WHERE prompt_id IS NULL AND event = ?"
+        return {name for (name,) in db.execute(query, ("worker joined",))}
+
+
+def read_passages(run_dir: Path, first: int, last: int) -> list[Passage]:
+    """All that happened to any prompt while those of the steps `first` to `last` were on their way, in order.
+
+    Raises RunDirError, as `read_run` does.
+    """
+    with _open(run_dir) as db:
+        [(begin, end)] = db.execute(
+            """SELECT min(events.position), max(settled) FROM prompts JOIN events ON prompts.id = events.prompt_id
+               WHERE step BETWEEN ? AND ?""",
+            (first, last),
+        )
+        rows = db.execute(
+            """SELECT at, prompt_id, event, coalesce(json_extract(detail, '$.worker'), '') AS worker FROM events
+               WHERE position BETWEEN ? AND ? AND prompt_id IS NOT NULL ORDER BY position""",
+            (begin, end),
+        )
+        return [Passage(*row) for row in rows]
+
+
+def read_lengths(run_dir: Path) -> dict[int, dict[int, int]]:
+    """Of each step how many of its responses have which length, in tokens. Raises RunDirError, as `read_run` does."""
+    found: dict[int, dict[int, int]] = {}
+    with _open(run_dir) as db:
+        for step, length, count in db.execute(
+            """SELECT step, lengths.value, count(*) FROM prompts, json_each(prompts.lengths) AS lengths
+               WHERE step IS NOT NULL GROUP BY step, lengths.value ORDER BY step, lengths.value"""
+        ):
+            found.setdefault(step, {})[length] = count
+    return found
+
+
+def steps_with_failed_rewards(run_dir: Path, most: int) -> list[int]:
+    """The first steps that trained on a prompt of which a reward timed out or failed. Raises RunDirError."""
+    with _open(run_dir) as db:
+        rows = db.execute(
+            """SELECT DISTINCT step FROM events JOIN prompts ON prompts.id = events.prompt_id
+               WHERE event = 'scored' AND step IS NOT NULL
+                     AND coalesce(json_extract(detail, '$.statuses.timeout'), json_extract(detail, '$.statuses.error'))
+               ORDER BY step LIMIT ?""",
+            (most,),
+        )
+        return [step for (step,) in rows]
 
 
 def read_consumed(run_dir: Path, steps: Iterable[int]) -> dict[int, Consumed]:

@@ -89,6 +89,7 @@ class RecordingTracker:
     scores: list[Sequence[float]] = field(default_factory=list)  # of the evaluations
     samples: list[SampleRow] = field(default_factory=list)
     events: list[tuple[str, float, float, str]] = field(default_factory=list)
+    traced: list[tuple[str, float, float, str, str]] = field(default_factory=list)  # the stages of prompts
     resumes: list[int] = field(default_factory=list)
     incidents: list[tuple[str, str]] = field(default_factory=list)
     summaries: list[Mapping[str, Any]] = field(default_factory=list)
@@ -103,8 +104,11 @@ class RecordingTracker:
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         self.samples.extend(rows)
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
-        self.events.append((name, start, end, lane))
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
+        if trace:
+            self.traced.append((name, start, end, lane, trace))
+        else:
+            self.events.append((name, start, end, lane))
 
     def incident(self, title: str, text: str) -> None:
         self.incidents.append((title, text))

@@ -41,8 +41,8 @@ class Trackers:
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         self._each(lambda tracker: tracker.log_samples(step, rows))
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
-        self._each(lambda tracker: tracker.event(name, start, end, lane))
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
+        self._each(lambda tracker: tracker.event(name, start, end, lane, trace))
 
     def incident(self, title: str, text: str) -> None:
         self._each(lambda tracker: tracker.incident(title, text))

@@ -3,6 +3,9 @@
 The file is whole JSON after every flush: new events overwrite its closing bracket, and bring another one, in a single
 write. It is sampled: of each kind of event in each lane the first `dense` are kept, then every second of as many again,
 then every fourth, so that a long run stays readable.
+
+The way of a prompt is a row of its own there: its stages are asynchronous events that share its id; a search finds it.
+Prompts are sampled in the same way, each with all of its stages or none.
 """
 
 from __future__ import annotations
@@ -17,17 +20,31 @@ from typing import Any
 
 from rlsys.roles import SampleRow
 
+TIMELINE = "timeline.json"
 _END = b"\n]\n"
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a timeline, in order; those before the damage, where a crash or a disk has left some."""
+    events: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[1:]:
+        try:
+            event = json.loads(line.rstrip(b","))
+        except ValueError:
+            break  # the closing bracket, or the half of a line
+        events.append(event)
+    return events
 
 
 class TimelineTracker:
     """Events are flushed at every step. Times in the file are microseconds since 1970: a resumed run goes on in it."""
 
     def __init__(self, directory: Path, dense: int = 1000) -> None:
-        self._path = directory / "timeline.json"
+        self._path = directory / TIMELINE
         self._dense = dense
         self._epoch = time.time() - time.monotonic()
         self._seen: Counter[tuple[str, str]] = Counter()
+        self._traces: dict[str, bool] = {}  # prompts that have been heard of, and whether they are kept
         self._lanes: dict[str, int] = {}
         self._pending: list[dict[str, Any]] = []
         self._empty = self._open()
@@ -37,13 +54,7 @@ class TimelineTracker:
         if not self._path.is_file():
             self._path.write_bytes(b"[" + _END)
             return True
-        lines = self._path.read_bytes().split(b"\n")
-        events = []
-        for line in lines[1:]:
-            try:
-                events.append(json.loads(line.rstrip(b",")))
-            except ValueError:
-                break  # the closing bracket, or the half of a line
+        events = read_events(self._path)
         aside = self._path.with_name(self._path.name + ".partial")
         aside.write_bytes(
             b"[\n" + b",\n".join(json.dumps(e).encode() for e in events) + _END if events else b"[" + _END
@@ -54,25 +65,34 @@ class TimelineTracker:
                 self._lanes[event["args"]["name"]] = event["tid"]
         return not events
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
-        count = self._seen[lane, name]
-        self._seen[lane, name] += 1
-        if count % (1 << (count // self._dense)):
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
+        if not (self._keeps_trace(trace) if trace else self._keeps(name, lane)):
             return
         if lane not in self._lanes:
             self._lanes[lane] = len(self._lanes)
             names = {"name": lane}
             self._pending.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": self._lanes[lane], "args": names})
-        self._pending.append(
-            {
-                "ph": "X",
-                "name": name,
-                "pid": 0,
-                "tid": self._lanes[lane],
-                "ts": round((start + self._epoch) * 1e6),
-                "dur": round((end - start) * 1e6),
-            }
-        )
+        common = {"name": name, "pid": 0, "tid": self._lanes[lane]}
+        begin, end = round((start + self._epoch) * 1e6), round((end + self._epoch) * 1e6)
+        if trace:
+            traced = {**common, "cat": "prompt", "id": trace}
+            self._pending.append({"ph": "b", **traced, "ts": begin, "args": {"prompt": trace, "worker": lane}})
+            self._pending.append({"ph": "e", **traced, "ts": end})
+        else:
+            self._pending.append({"ph": "X", **common, "ts": begin, "dur": end - begin})
+
+    def _keeps(self, name: str, lane: str) -> bool:
+        self._seen[lane, name] += 1
+        return self._thinned(self._seen[lane, name] - 1)
+
+    def _keeps_trace(self, trace: str) -> bool:
+        if trace not in self._traces:
+            self._traces[trace] = self._thinned(len(self._traces))
+        return self._traces[trace]
+
+    def _thinned(self, count: int) -> bool:
+        """Whether the one after so many others is kept."""
+        return count % (1 << (count // self._dense)) == 0
 
     def flush(self) -> None:
         """Append the pending events in one write."""

@@ -129,7 +129,7 @@ class WandbTracker:
             self._table.add_data(*(_cell(getattr(row, column)) for column in COLUMNS))
         self._log({"step": step, "samples": self._table})
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
         """Events are in the timeline."""
 
     def incident(self, title: str, text: str) -> None:

@@ -97,6 +97,9 @@ def test_algorithms_lists_every_preset_and_explains_one(rlsys: Callable) -> None
         (["inspect", "nowhere"], 2),
         (["replay", "--help"], 0),
         (["replay", "nowhere", "--step", "3"], 2),
+        (["report", "nowhere"], 2),
+        (["timeline", "nowhere"], 2),
+        (["top", "nowhere"], 2),
     ],
 )
 def test_quick_answers_import_no_engine(arguments: list[str], code: int) -> None:

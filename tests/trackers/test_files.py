@@ -128,6 +128,33 @@ def test_timeline_is_sampled_by_kind_and_lane(tmp_path: Path) -> None:
     assert [round((ts - often[0]) / 1e6) for ts in often] == kept
 
 
+def test_the_way_of_a_prompt_shares_its_id(tmp_path: Path) -> None:
+    tracker = TimelineTracker(tmp_path)
+    tracker.event("sampling", 1.0, 3.0, "generator-0", "sums/1@0")
+    tracker.event("reward", 3.0, 3.5, "rewarder-0", "sums/1@0")
+    tracker.flush()
+    events = json.loads((tmp_path / "timeline.json").read_text())
+    stages = [e for e in events if e["ph"] in "be"]
+    assert [(e["ph"], e["name"]) for e in stages] == [
+        *(("b", "sampling"), ("e", "sampling"), ("b", "reward"), ("e", "reward")),
+    ]
+    assert {(e["id"], e["cat"]) for e in stages} == {("sums/1@0", "prompt")}
+    assert stages[1]["ts"] - stages[0]["ts"] == pytest.approx(2e6, abs=1)
+    assert stages[2]["args"] == {"prompt": "sums/1@0", "worker": "rewarder-0"}
+
+
+def test_a_prompt_is_kept_with_all_of_its_stages_or_none(tmp_path: Path) -> None:
+    tracker = TimelineTracker(tmp_path, dense=10)
+    for stage in ("sampling", "reward"):
+        for i in range(40):
+            tracker.event(stage, i, i + 1, "lane", f"p{i}")
+    tracker.flush()
+    events = json.loads((tmp_path / "timeline.json").read_text())
+    kept = [*range(10), 10, 12, 14, 16, 18, 20, 24, 28, 32]
+    for stage in ("sampling", "reward"):
+        assert [e["id"] for e in events if e["ph"] == "b" and e["name"] == stage] == [f"p{i}" for i in kept]
+
+
 class Breaking(JsonlTracker):
     def __init__(self, directory: Path, error: Exception) -> None:
         super().__init__(directory)
