@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` start from nothing; everything they need goes into .venv.
-.PHONY: quickstart setup test test-fast check bench chaos chaos-real lock clean
+.PHONY: quickstart setup test test-fast check bench chaos chaos-real lock render clean
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -38,6 +38,11 @@ chaos-real: setup
 # Resolve the dependencies anew (after a change of pyproject.toml).
 lock: setup
 	bash launch/lock.sh
+
+# Manifests and scripts of clusters (after a change of launch/values*.yaml).
+render: setup
+	$(BIN)/python launch/render.py launch/values.yaml --out launch/rendered/gpu
+	$(BIN)/python launch/render.py launch/values-cpu.yaml --out launch/rendered/cpu
 
 clean:
 	rm -rf .venv runs cache

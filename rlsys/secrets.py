@@ -18,8 +18,8 @@ OF_MODELS = frozenset(_HUB)  # for a role that loads a model
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable is taken for a key or password, by its name."""
-    return name in _KNOWN or _LIKELY.search(name) is not None
+    """Whether a variable is taken for a key or password, by its name. Ray's own have to reach its processes."""
+    return name in _KNOWN or (_LIKELY.search(name) is not None and not name.startswith("RAY_"))
 
 
 def without_secrets(environment: Mapping[str, str], granted: Collection[str] = ()) -> dict[str, str]:

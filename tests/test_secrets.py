@@ -23,6 +23,7 @@ OTHERS = (
     "WANDB_MODE",
     "HF_HOME",
     "PYTHONPATH",
+    "RAY_AUTH_TOKEN",
     "SSH_AUTH_SOCK",
 )
 

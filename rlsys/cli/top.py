@@ -100,7 +100,9 @@ class Top(App[None]):
         self.run_worker(self._look(), exclusive=True)
 
     async def _look(self) -> None:
-        self.show(await look(self._run_dir))
+        view = await look(self._run_dir)
+        if all(self.query(f"#{name}") for name in ("state", "facts", "workers", "reward", "incidents")):
+            self.show(view)  # else it is being ended
 
     def show(self, view: View) -> None:
         """Put what is known on the screen."""

@@ -33,7 +33,7 @@ class PrometheusTracker:
     def log_samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """Samples are no numbers."""
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
         """Events are in the timeline."""
 
     def incident(self, title: str, text: str) -> None:

@@ -37,7 +37,7 @@ class TensorboardTracker:
             text = f"**{row.prompt_id}, score {row.score:g}, {row.fate}**\n\n" + _quoted(row.prompt + row.response)
             self._writer.add_text(f"samples/{place}", text, step)
 
-    def event(self, name: str, start: float, end: float, lane: str) -> None:
+    def event(self, name: str, start: float, end: float, lane: str, trace: str = "") -> None:
         """Events are in the timeline."""
 
     def incident(self, title: str, text: str) -> None:

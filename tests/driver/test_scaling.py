@@ -117,7 +117,7 @@ def test_a_running_driver_is_asked_and_told_over_its_socket(tmp_path: Path) -> N
             for question, message in (
                 ({"ask": "scale", "sizes": {"generators": 0}}, "greater than 0"),
                 ({"ask": "scale", "sizes": {"gpus": 1}}, "gpus"),
-                ({"ask": "dance"}, "status and scale"),
+                ({"ask": "dance"}, "status, scale and stop"),
             ):
                 with pytest.raises(ConfigError, match=message):
                     await ask(run_dir, question)
