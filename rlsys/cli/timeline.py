@@ -22,18 +22,18 @@ def timeline(run_dir: Path, step: int | None) -> None:
     steps = f"step {step}" if step is not None else f"steps {paths[0].step} to {paths[-1].step}"
     console.print(Text.assemble((str(run_dir), "bold"), f": {steps}, {seconds:,.2f} s"))
     if step is None:
-        console.print(_stages(found, seconds))
+        _print(console, "Critical path: what the steps waited for", _stages(found, seconds))
     else:
         console.print(Text(f"bound by: {paths[0].bound}", style="bold"))
-        console.print(_parts(found))
-    console.print(_waits(found))
+        _print(console, "Critical path, from the end of the step before", _parts(found))
+    _print(console, "Had work, and waited for", _waits(found))
     if found.traced:
         console.print(f"Prompts to follow in {run_dir / TIMELINE}: {', '.join(found.traced[-4:])}", soft_wrap=True)
 
 
 def _stages(found: Analysis, seconds: float) -> Table:
     bound = Counter(path.bound for path in found.paths)
-    table = _table("Critical path: what the steps waited for", "stage", "seconds", "share", "bounds", "")
+    table = _table("stage", "seconds", "share", "bounds", "")
     sums: dict[str, float] = {}
     for path in found.paths:
         for stage, spent in path.by_stage().items():
@@ -49,7 +49,7 @@ def _stages(found: Analysis, seconds: float) -> Table:
 
 def _parts(found: Analysis) -> Table:
     [path] = found.paths
-    table = _table("Critical path, from the end of the step before", "stage", "after s", "seconds", "share", "")
+    table = _table("stage", "after s", "seconds", "share", "")
     for part in path.parts:
         times = f"{part.start - path.parts[0].start:,.3f}", f"{part.seconds:,.3f}"
         table.add_row(part.stage, *times, f"{part.seconds / path.seconds:.0%}", Text(part.who))
@@ -59,7 +59,7 @@ def _parts(found: Analysis) -> Table:
 
 def _waits(found: Analysis) -> Table:
     whom = [name for name in dict.fromkeys(STAGES.values()) if any(role.waited.get(name) for role in found.roles)]
-    table = _table("At work, and waiting for", "role", "at work", *whom)
+    table = _table("role", "had work", *whom)
     for role in found.roles:
         waited = [_share(role.waited, name, role.seconds) for name in whom]
         table.add_row(role.name, f"{role.busy / role.seconds:.0%}" if role.seconds else "", *waited)
@@ -71,8 +71,15 @@ def _share(waited: Mapping[str, float], name: str, seconds: float) -> str:
     return f"{share:.0%}" if share >= 0.005 else ""
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _print(console: Console, title: str, table: Table) -> None:
+    """The title may be wider than the table."""
+    console.print()
+    console.print(Text(title, style="italic"))
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     return table

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
-from textual.app import App, ComposeResult
+from textual.app import App, ComposeResult, ScreenStackError
 from textual.containers import VerticalScroll
+from textual.css.query import NoMatches
 from textual.widgets import DataTable, Footer, Sparkline, Static
 
 from rlsys.cli.control import CONFIG
@@ -96,13 +98,14 @@ class Top(App[None]):
     def on_mount(self) -> None:
         table = self.query_one("#workers", DataTable)
         table.add_columns("role", "state", "version", "work", "restarts")
-        self.set_interval(self._every_s, self._look)
-        self.run_worker(self._look(), exclusive=True)
+        self.run_worker(self.follow())
 
-    async def _look(self) -> None:
-        view = await look(self._run_dir)
-        if all(self.query(f"#{name}") for name in ("state", "facts", "workers", "reward", "incidents")):
-            self.show(view)  # else it is being ended
+    async def follow(self) -> None:
+        """Look, and show it, until the screen is taken down."""
+        with suppress(NoMatches, ScreenStackError):
+            while True:
+                self.show(await look(self._run_dir))
+                await asyncio.sleep(self._every_s)
 
     def show(self, view: View) -> None:
         """Put what is known on the screen."""
@@ -148,7 +151,7 @@ def _facts(view: View) -> Table:
             ("versions", f"learner {versions['learner']}, every generator has {versions['gate']}"),
             ("groups", "{under_way} under way, {buffered} buffered, {open_slots} slots open".format(**groups)),
             ("queued", ", ".join(f"{count} for a {kind}" for kind, count in found["queued"].items())),
-            ("learner", f"{learner['ranks']} ranks, ZeRO {learner['zero_stage']}; checkpoint: {saved}"),
+            ("learner", f"ranks: {learner['ranks']}, ZeRO {learner['zero_stage']}; checkpoint: {saved}"),
             ("going on", ", ".join(found["doing"]) or "nothing"),
         ]
     seconds = _mean(view.rows, "time/step_s")
@@ -184,7 +187,7 @@ def _incident_lines(incidents: Sequence[Event]) -> Text:
             f"{key} {value}" for key, value in note.detail.items() if isinstance(value, str | int | float)
         )
         lines.append(f"{at}  {note.event}: {detail}".partition("\n")[0])
-    return Text("\n".join(lines) or "none", no_wrap=True, overflow="ellipsis")
+    return Text("\n".join(lines) or "none")
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:

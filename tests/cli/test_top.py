@@ -91,8 +91,11 @@ async def test_it_shows_how_a_run_stands_and_follows_it(run: tuple[Path, Mapping
 
         driver.found = {**status, "step": 4, "stopping": True}
         await until(app, pilot, lambda: "stopping, step 4 of 4" in text(app, "state"))
+        assert table.row_count == len(status["workers"]), "they take the place of those before"
         await pilot.press("q")
     assert app.return_code == 0
+    async with asyncio.timeout(20):
+        await app.follow()  # one last look comes back when the screen is gone: it is no mistake
 
 
 async def test_a_driver_that_is_gone_may_come_back(run: tuple[Path, Mapping[str, Any]]) -> None:
