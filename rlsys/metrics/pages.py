@@ -45,6 +45,21 @@ it,
 So the three shares add up to at most 1, and the largest names the stage to make faster: more generators, more reward
 workers or a faster function, more learner ranks. With a bound of 0 the stages take turns, and no share comes near 1."""
 
+_ALERTS = """\
+## Alerts
+
+What looks bad is said in the log, noted in `RUN/ledger.sqlite`, marked in the timeline and sent as an alert of W&B; the
+thresholds are in `trackers.alerts`, and null turns one off.
+
+- A step, or updates of it, were not applied: something was not finite.
+- The entropy, as a mean over the last `window` steps, is below a share (`entropy`) of what it was over the first ones.
+- Held-out responses are `length_growth` times as long as at the best evaluation, and the accuracy is lower than it was
+  then by more than `accuracy_drop`.
+- A step takes `stall` times the median of those before, and over a minute.
+- A part of the run died or hangs, and is restarted; or the run has failed.
+
+The same thing is said again after `quiet_steps` steps at the earliest."""
+
 _AFTER = {"utilisation": _BOUND}
 
 
@@ -58,7 +73,7 @@ def markdown() -> str:
         lines += [f"| `{d.name}` | {d.unit} | {d.read.replace('|', chr(92) + '|')} |" for d in _of(panel.name)]
         if panel.name in _AFTER:
             lines += ["", _AFTER[panel.name]]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _ALERTS]) + "\n"
 
 
 def exported_name(definition: Definition) -> str:

@@ -216,6 +216,7 @@ def final_table(name: str, run_dir: Path, summary: Mapping[str, Any]) -> Table:
         ("checkpoints", "checkpoints/"),
         ("timeline", "timeline.json"),
         ("W&B", "wandb/"),
+        ("TensorBoard", "tensorboard/"),
     ):
         if (run_dir / file).exists():
             table.add_row(what, str(run_dir / file))

@@ -32,6 +32,11 @@ class Trackers:
         self._warn = warn
         self.failed: dict[str, str] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """Those that have not failed."""
+        return list(self._live)
+
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each(lambda tracker: tracker.log_step(step, metrics))
 

@@ -157,7 +157,8 @@ class WandbTracker:
             return
         step = models[-1].parents[1].name.removeprefix("step-")
         artifact = self._wandb.Artifact(f"model-{self._run.id}", type="model", metadata={"step": int(step)})
-        artifact.add_dir(str(models[-1]))
+        for file in sorted(models[-1].iterdir()):  # add_dir would print
+            artifact.add_file(str(file), file.name)
         self._run.log_artifact(artifact, aliases=["final", f"step-{int(step)}"])
 
     def _log(self, values: Mapping[str, Any]) -> None:

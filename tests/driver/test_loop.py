@@ -251,6 +251,19 @@ def test_the_figures_of_a_step(tmp_path: Path) -> None:
     assert simulation.tracker.summaries == [summary]
 
 
+def test_samples_for_people_say_what_became_of_them(tmp_path: Path) -> None:
+    config = sim_config(steps=4, batch=4, trackers={"wandb": {"table_every": 2, "table_rows": 3}})
+    simulation, _ = simulate(config, tmp_path, skip=lambda step: step == 2)
+    samples = simulation.tracker.samples
+    assert {row.step for row in samples} == {2, 4}
+    assert all(row.components == {"parity": row.score} for row in samples)
+    trained = [row for row in samples if row.fate == "trained"]
+    skipped = [row for row in samples if row.fate != "trained"]
+    # the simulated learner says the spread of the scores for the size of the advantage
+    assert {row.advantage for row in trained} <= {0.0, 1.0}
+    assert {(row.fate, row.advantage) for row in skipped} == {("dropped: step skipped: non-finite gradient", None)}
+
+
 def test_waiting_is_attributed(tmp_path: Path) -> None:
     """A slow learner: generators wait for it. Slow generators: it waits for them."""
     slow_learner = Timing(lengths=(1, 2), score_s=0.0, step_s=50.0)
