@@ -89,7 +89,7 @@ def test_a_run_is_submitted_scaled_stopped_and_gone_on_with(
 ) -> None:
     (tmp_path / "config.yaml").write_text((CONFIGS / "quickstart.yaml").read_text())
     settings = [*SMALL, "--run.name", "job", "--checkpoint.every", "50", "--driver.max_staleness", "2"]
-    said = call("submit", "config.yaml", "--no-wait", *settings, "--run.steps", "400").stdout
+    said = call("submit", "config.yaml", "--no-wait", *settings, "--run.steps", "5000").stdout
     job = said.split()[1].removesuffix(":")
     assert f"rlsys stop {job} --address {cluster}" in said
     metrics = tmp_path / "runs" / "job" / "metrics.jsonl"
