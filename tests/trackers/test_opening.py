@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from rich.console import Console
 
 from rlsys.sim.drive import sim_config
@@ -56,6 +57,7 @@ def test_wandb_is_given_the_config_and_the_commit(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     trackers, _ = opened(tmp_path, wandb={"mode": "offline", "group": "seeds", "job_type": "seed-3"})
     trackers.finish(SUMMARY)
+    wandb.teardown()  # its service closes the file a little later than a run is finished
     [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     run = next(record["run"] for record in records(file) if record["type"] == "run")
     given = run["config"]["update"]

@@ -67,6 +67,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 model.mkdir(parents=True, exist_ok=True)
                 (model / "config.json").write_text(json.dumps({"step": step}))
             tracker.finish({"steps": steps[-1]})
+        wandb.teardown()  # its service closes the file a little later than a run is finished
         yield directory
         patch.delenv("WANDB_DATA_DIR")
 
@@ -181,6 +182,7 @@ def test_online_without_a_server_falls_back_to_offline(tmp_path: Path, monkeypat
     assert "offline" in tracker.warning
     tracker.log_step(1, {"a": 1.0})
     tracker.finish({})
+    wandb.teardown()
     assert "127.0.0.1:9" in tracker.warning
     [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert [row["a"] for row in history(records(file))] == [1.0]
