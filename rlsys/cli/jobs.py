@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -32,6 +32,7 @@ RUN, RUN_DIR = "rlsys_run", "rlsys_run_dir"  # in a job's metadata
 STOP_TIMEOUT_S = 600.0  # for the step that is going on, and a checkpoint
 _NOT_SENT = ["/runs", "/cache", ".venv", ".git", "__pycache__", "*.safetensors"]
 _SET_BY_US = ("run.dir", "resources.ray_address")
+AGENT_TIMEOUT_S = 60.0  # for the part of a node that takes jobs to be there
 _POLL_S = 0.5
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # from where the driver's Ray would take the job's working directory
 
@@ -52,13 +53,13 @@ def submit(path: Path, overrides: Sequence[str], address: str | None, working_di
     command += [part for key, value in settings for part in (f"--{key}", value)]
     client = _connect(address)
     job = f"{config.run.name}-{secrets.token_hex(3)}"
-    with _refused(client):
-        client.submit_job(
-            entrypoint=_from_a_copy(command, f"{run_dir}.code/{job}", job),
-            submission_id=job,
-            runtime_env={"working_dir": str(directory), "excludes": _NOT_SENT},
-            metadata={RUN: config.run.name, RUN_DIR: str(run_dir)},
-        )
+    _send(
+        client,
+        entrypoint=_from_a_copy(command, f"{run_dir}.code/{job}", job),
+        submission_id=job,
+        runtime_env={"working_dir": str(directory), "excludes": _NOT_SENT},
+        metadata={RUN: config.run.name, RUN_DIR: str(run_dir)},
+    )
     print(f"job {job}: run {config.run.name} in {run_dir}, on the cluster's machines")
     if here := sorted(filter(is_secret, os.environ)):
         print(f"keys are not sent ({', '.join(here)}): the job has those in the environment of the cluster's nodes")
@@ -66,6 +67,19 @@ def submit(path: Path, overrides: Sequence[str], address: str | None, working_di
     print(f"rlsys logs {job} -f {at}   rlsys status {job} {at}   rlsys stop {job} {at}", flush=True)
     if wait:
         _follow(client, job)
+
+
+def _send(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit a job; a cluster that has only just started is given time. Raises ClusterError."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    with _refused(client):
+        while True:
+            try:
+                return str(client.submit_job(**job))
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_S)
 
 
 def _from_a_copy(command: Sequence[str], code: str, job: str) -> str:
@@ -117,7 +131,7 @@ def _order(client: JobSubmissionClient, job: str, command: str, options: Sequenc
         metadata = client.get_job_info(job).metadata or {}
         if RUN_DIR not in metadata:
             raise ClusterError(f"job {job} is no run of rlsys: `rlsys submit` did not start it")
-        asked = client.submit_job(entrypoint=shlex.join(["rlsys", command, metadata[RUN_DIR], *options]))
+    asked = _send(client, entrypoint=shlex.join(["rlsys", command, metadata[RUN_DIR], *options]))
     _follow(client, asked)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -29,15 +30,21 @@ HOSTILE = """
 import os
 from pathlib import Path
 
-def look(sample):
+def look(response):
     seen = [name for name, value in os.environ.items() if value.startswith("never")]
     for process in ("self", os.getppid()):
         if b"never" in Path(f"/proc/{process}/environ").read_bytes():
             seen.append(f"the environment of {process}")
     if seen:
         raise RuntimeError(f"found {seen}")
-    return float(len(sample.response) % 2)
+    return float(len(response) % 2)
 """
+
+
+def free_port() -> int:
+    """For the part of a node that takes jobs: several nodes are on this machine, and maybe another cluster."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +56,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = {**NODE, "include_dashboard": True, "dashboard_port": 0}
+        head = {**NODE, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": free_port()}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            cluster.add_node(**NODE)
-            cluster.add_node(**NODE)
+            for _ in range(2):
+                cluster.add_node(**NODE, dashboard_agent_listen_port=free_port())
             yield f"http://{cluster.head_node.webui_url}"
         finally:
             cluster.shutdown()
