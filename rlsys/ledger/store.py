@@ -3,6 +3,7 @@
     RUN/rollouts/pending/000000017.parquet   buffered groups, until their fate is known
     RUN/rollouts/step-000012.parquet         what was trained at step 12, and dropped since the step before
     RUN/rollouts/after-000100.parquet        what was dropped after the last step of a process
+    RUN/rollouts/evaluations/step-000050.parquet   what held-out prompts were answered at step 50
 
 Files are written aside and renamed, so that a reader never sees half of one, and with checksums. Writes happen on a
 thread of their own. They raise DiskFullError.
@@ -27,6 +28,7 @@ import pyarrow as pa
 from rlsys.durable import writing
 from rlsys.errors import DataError, RlsysError
 from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, decode, encode, read_rows, reference_of, with_fates, write_rows
+from rlsys.ledger.evaluations import FOLDER, responses_of, write_evaluation
 from rlsys.roles import Handle, SampleRow, Scored, TrainItem
 from rlsys.types import ScoredGroup, group_info
 
@@ -173,9 +175,18 @@ class RolloutStore:
                 found[prompt_id] = Scored(group_info(scored.group, scored.rewards), await self._put(scored))
         return found
 
+    async def responses(self, group: Handle) -> list[dict[str, Any]]:
+        """What is kept of a scored group of an evaluation."""
+        return responses_of(await self._fetch(group))
+
+    async def evaluated(self, step: int, responses: Sequence[Mapping[str, Any]]) -> None:
+        """Return when they are on disk, in place of those of an earlier evaluation at this step."""
+        await self._run(write_evaluation, step_file(self.directory / FOLDER, step), step, responses)
+
     async def roll_back(self, version: int) -> None:
-        """Take away the final files of what happened after the checkpoint of `version`."""
-        files = [path for path in self.directory.glob("*.parquet") if _is_after(path, version)]
+        """Take away the final files, and the evaluations, of what happened after the checkpoint of `version`."""
+        written = [*self.directory.glob("*.parquet"), *(self.directory / FOLDER).glob("*.parquet")]
+        files = [path for path in written if _is_after(path, version)]
         await self._run(_unlink, files)
         self._step = version
 
