@@ -21,7 +21,8 @@ _AS_ROLLOUTS = (
 EVALUATION_SCHEMA = pa.schema(
     [*(SCHEMA.field(name) for name in _AS_ROLLOUTS), ("tokens", pa.int32()), ("step", pa.int64())]
 )
-_TEXT = [field.name for field in EVALUATION_SCHEMA if field.type == pa.string()]
+# Only what repeats is worth a dictionary.
+_DICTIONARY = [field.name for field in EVALUATION_SCHEMA if field.type == pa.string() and field.name != "text"]
 
 
 def responses_of(group: ScoredGroup) -> list[dict[str, Any]]:
@@ -52,4 +53,4 @@ def write_evaluation(path: Path, step: int, responses: Sequence[Mapping[str, Any
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist([{**row, "step": step} for row in responses], schema=EVALUATION_SCHEMA)
-    write_rows(table, path, synced=True, compression="zstd", use_dictionary=_TEXT)
+    write_rows(table, path, synced=True, compression="zstd", use_dictionary=_DICTIONARY)

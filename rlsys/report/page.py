@@ -62,6 +62,7 @@ def render(runs: Sequence[Run]) -> str:
         incidents=[(run.label, len(run.incidents), _notes(run)) for run in ordered if run.incidents],
         kinds=buttons(samples.KINDS, [run.samples for run in ordered]),
         held_out=buttons(evaluations.KINDS, [run.evaluations for run in ordered]),
+        most_evaluations=evaluations.MOST_EVALUATIONS,
         sampled=[(run.label, run.samples, run.evaluations) for run in ordered],
         segments=any(sample.pieces for run in ordered for sample in run.samples.shown),
         data={
