@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def group(prompt_id: str, texts: Sequence[str], rewards: Sequence[Reward], answe
     return ScoredGroup(RolloutGroup(prompt, rollouts, "generator-0"), tuple(rewards))
 
 
-RIGHT = Reward("ok", 1.0, {"sums": 1.0, "brevity": np.float32(0.5)})
+HALF: Any = np.float32(0.5)  # as a reward function in NumPy returns it
+RIGHT = Reward("ok", 1.0, {"sums": 1.0, "brevity": HALF})
 LATE = Reward("timeout", math.nan, {}, "sums: no answer in 3 s")
 
 
