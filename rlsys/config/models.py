@@ -340,7 +340,7 @@ class AutoscaleConfig(Strict):
     )
     window: PositiveInt = Field(10, description="Steps that are looked at.")
     cooldown: NonNegativeInt = Field(
-        5, description="Steps that do not count after a change, from when every worker is there."
+        5, description="Steps that do not count at first, and after a change, from when every worker is there."
     )
     retry_after: PositiveInt = Field(
         100, description="Steps until what did not do is tried again: growth without room, a size that was too small."

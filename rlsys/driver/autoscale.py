@@ -3,9 +3,11 @@
     a stage's share of the time             > grow_above        one more worker of the role behind it
     every other stage's than the learner's  < shrink_below      one fewer, where the learner is waited for
 
-Shares are those of `bottleneck`, as their median over `window` steps: one odd step (an evaluation, a checkpoint)
-changes nothing. After a change, and for as long as workers are starting or leaving, steps do not count, nor do the
-`cooldown` steps after that: a new generator takes its time, and the first steps with it are not like the later ones.
+Shares are those of `bottleneck`, over the time of the last `window` steps together, since a step that waits for its
+batch is often followed by one that does not. Steps that take far longer than the others (an evaluation, a checkpoint)
+are left out. After a change, and for as long as workers are starting or leaving, steps do not count, nor do the
+`cooldown` steps after that and at the beginning: a new generator takes its time, and the first steps with it are not
+like the later ones.
 
 What did not do is tried again after `retry_after` steps: growth for which there was no room, and a size that proved too
 small, which waits twice as long each time. Without that, a load that one worker is too few for and two are too many
@@ -27,6 +29,7 @@ from rlsys.config.models import AutoscaleConfig
 Role = Literal["generators", "reward_workers"]
 
 STAGE: Mapping[Role, str] = {"generators": "generation", "reward_workers": "reward"}
+ODD = 3.0  # times the median of the window's steps: one that takes longer is left out
 LEARNER_SHARE = 0.5  # of the time, at least: then the learner is waited for, and not the reference or the disk
 
 
@@ -57,13 +60,15 @@ class Autoscaler:
             role: limits for role in STAGE if (limits := getattr(config, role)) is not None
         }
         self._step = 0
-        self._quiet = 0  # steps that do not count, from now on
-        self._seen: deque[Mapping[str, float]] = deque(maxlen=config.window)
+        self._quiet = config.cooldown  # steps that do not count, from now on
+        self._seen: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=config.window)
         self._too_small: dict[tuple[Role, int], _TooSmall] = {}
         self._no_room: dict[Role, int] = {}  # until which step
 
-    def step(self, shares: Mapping[str, float], sizes: Mapping[Role, int], settled: bool) -> Wish | None:
-        """A step was taken: `shares` of its time by stage (0 to 1), and the `sizes` that are asked for.
+    def step(
+        self, seconds: float, shares: Mapping[str, float], sizes: Mapping[Role, int], settled: bool
+    ) -> Wish | None:
+        """A step was taken, in so many `seconds`: the `shares` of them by stage (0 to 1), and the `sizes` asked for.
 
         `settled`: all of these workers are there, and no others.
         """
@@ -73,7 +78,7 @@ class Autoscaler:
         elif self._quiet:
             self._quiet -= 1
         elif shares:
-            self._seen.append(shares)
+            self._seen.append((seconds, shares))
         if len(self._seen) < self._config.window:
             return None
         return self._grown(sizes) or self._shrunk(sizes)
@@ -102,22 +107,24 @@ class Autoscaler:
         return None
 
     def _shrunk(self, sizes: Mapping[Role, int]) -> Wish | None:
-        if max(map(self._share, STAGE)) >= self._config.shrink_below or self._median("learner") < LEARNER_SHARE:
+        if max(map(self._share, STAGE)) >= self._config.shrink_below or self._of_time("learner") < LEARNER_SHARE:
             return None
         for role, (fewest, _) in self._limits.items():
             size = sizes[role]
             if size > fewest and not self._is_too_small(role, size - 1):
-                return Wish(role, size - 1, self._why(f"the learner took {self._median('learner'):.0%} of the time"))
+                return Wish(role, size - 1, self._why(f"the learner took {self._of_time('learner'):.0%} of the time"))
         return None
 
     def _is_too_small(self, role: Role, size: int) -> bool:
         return any(r == role and size <= s and self._step < t.until for (r, s), t in self._too_small.items())
 
     def _share(self, role: Role) -> float:
-        return self._median(STAGE[role])
+        return self._of_time(STAGE[role])
 
-    def _median(self, stage: str) -> float:
-        return median(shares[stage] for shares in self._seen)
+    def _of_time(self, stage: str) -> float:
+        longest = ODD * median(seconds for seconds, _ in self._seen)
+        kept = [(seconds, shares[stage]) for seconds, shares in self._seen if seconds <= longest]
+        return sum(seconds * share for seconds, share in kept) / sum(seconds for seconds, _ in kept)
 
     def _why(self, what: str) -> str:
         return f"autoscale: {what} of the last {self._config.window} steps"

@@ -95,7 +95,9 @@ class Scaling:
             return
         shares = {stage: record[f"bound/{stage}"] for stage in STAGES if f"bound/{stage}" in record}
         sizes: dict[Role, int] = {"generators": self._generators.size, "reward_workers": self._rewarders.size}
-        wish = scaler.step(shares, sizes, settled=self._generators.settled and self._rewarders.settled)
+        wish = scaler.step(
+            record["time/step_s"], shares, sizes, settled=self._generators.settled and self._rewarders.settled
+        )
         if wish is None:
             return
         try:

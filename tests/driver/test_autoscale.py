@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from rlsys.config.models import AutoscaleConfig, Config
 from rlsys.config.sizes import SIZES
-from rlsys.driver.autoscale import STAGE, Autoscaler, Role
+from rlsys.driver.autoscale import STAGE, Autoscaler, Role, Wish
 from rlsys.errors import PlacementError
 from rlsys.ledger.story import read_run
 from rlsys.sim.drive import Simulation, sim_config, simulate
@@ -39,9 +39,9 @@ class Changes:
     steps: int = 0
     history: list[tuple[int, ...]] = field(default_factory=list)
 
-    def step(self, shares: Mapping[str, float], settled: bool = True, room: bool = True) -> None:
+    def step(self, shares: Mapping[str, float], settled: bool = True, room: bool = True, seconds: float = 1.0) -> None:
         self.steps += 1
-        if wish := self.scaler.step(shares, self.sizes, settled):
+        if wish := self.scaler.step(seconds, shares, self.sizes, settled):
             assert abs(wish.size - self.sizes[wish.role]) == 1
             if room:
                 self.scaler.granted(wish, self.sizes[wish.role])
@@ -190,13 +190,25 @@ def test_one_odd_step_changes_nothing() -> None:
     usual = {"generation": 0.2, "reward": 0.0, "learner": 0.8}
     odd = {"generation": 1.0, "reward": 0.0, "learner": 0.0}
     sizes: dict[Role, int] = {"generators": 2, "reward_workers": 1}
-    assert not any(scaler.step(odd if i % 4 == 0 else usual, sizes, True) for i in range(40))
+    steps = [(30.0, odd) if i % 4 == 0 else (1.0, usual) for i in range(40)]
+    assert not any(scaler.step(seconds, shares, sizes, True) for seconds, shares in steps)
+
+
+def test_steps_that_wait_and_steps_that_do_not_take_turns() -> None:
+    """Of 3 s + 1 s, generation takes 1.5 s: 37.5%, though in every second step it takes nothing."""
+    scaler = Autoscaler(AutoscaleConfig(generators=(1, 4), window=4, cooldown=0, grow_above=0.37))
+    waits = (3.0, {"generation": 0.5, "reward": 0.0, "learner": 0.5})
+    does_not = (1.0, {"generation": 0.0, "reward": 0.0, "learner": 1.0})
+    sizes: dict[Role, int] = {"generators": 2, "reward_workers": 1}
+    wishes = [scaler.step(*step, sizes, True) for step in (waits, does_not, waits, does_not)]
+    assert wishes[:3] == [None, None, None]
+    assert wishes[3] == Wish("generators", 3, "autoscale: generation took 38% of the time of the last 4 steps")
 
 
 def test_a_slow_reference_is_no_reason_to_shrink() -> None:
     scaler = Autoscaler(AutoscaleConfig(generators=(1, 4), window=2))
     shares = {"generation": 0.0, "reward": 0.0, "learner": 0.1}
-    assert not any(scaler.step(shares, {"generators": 4, "reward_workers": 1}, True) for _ in range(20))
+    assert not any(scaler.step(1.0, shares, {"generators": 4, "reward_workers": 1}, True) for _ in range(20))
 
 
 @pytest.mark.parametrize(
