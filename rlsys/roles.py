@@ -357,5 +357,5 @@ class Tracker(Protocol):
         ...
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run ended, well or not; `summary` is the content of summary.json."""
+        """The run ended; `summary` is the content of summary.json, whose `failure` says what ended it, unless it is null."""
         ...

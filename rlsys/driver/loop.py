@@ -145,6 +145,7 @@ class Driver:
         """
         self._main = asyncio.current_task()
         summary: dict[str, Any] = {}
+        failure: str | None = None
         self.recorder.begin()
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -158,11 +159,12 @@ class Driver:
                     self._end()
         except BaseExceptionGroup as group:
             error = first_of(group)
-            self.tracker.incident("the run has failed", f"{type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+            self.tracker.incident("the run has failed", failure)
             raise error from None
         finally:
             try:
-                summary = self._summary()
+                summary = {**self._summary(), "failure": failure}
             finally:
                 self.tracker.finish(summary)
         return summary

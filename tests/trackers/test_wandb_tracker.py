@@ -39,7 +39,7 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An offline run of two steps with a key in the environment, then resumed for a third."""
+    """An offline run of two steps, which fails, with a key in the environment, then resumed for a third."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", SECRET)
@@ -66,7 +66,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 model = directory / "checkpoints" / f"step-{step:06d}" / "learner" / "hf"
                 model.mkdir(parents=True, exist_ok=True)
                 (model / "config.json").write_text(json.dumps({"step": step}))
-            tracker.finish({"steps": steps[-1]})
+            tracker.finish({"steps": steps[-1], "failure": None if last else "WorkerDied: reference died"})
         wandb.teardown()  # its service closes the file a little later than a run is finished
         yield directory
         patch.delenv("WANDB_DATA_DIR")
@@ -98,7 +98,8 @@ def test_config_name_and_exit(segments: list[list[dict[str, Any]]]) -> None:
         assert CONFIG.items() <= run["config"]["update"].items()
         assert (run["display_name"], run["project"], run["tags"]) == ("n", "p", ["t"])
         assert (run["run_group"], run["job_type"]) == ("g", "seed")
-        assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [0]
+    exits = [[record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] for segment in segments]
+    assert exits == [[1], [0]], "the first one failed"
 
 
 def test_a_resumed_run_is_the_same_run(run_directory: Path, segments: list[list[dict[str, Any]]]) -> None:
