@@ -199,8 +199,8 @@ class Rewarder(Role, Protocol):
 
 
 class Reference(Role, Protocol):
-    async def logprobs(self, group: Handle) -> Handle:
-        """Handle of a tuple with one float32 [T] array per rollout of the scored group."""
+    async def logprobs(self, groups: Sequence[Handle]) -> Sequence[Handle]:
+        """For each of the scored groups, the handle of a tuple with one float32 [T] array per rollout."""
         ...
 
     async def update(self, weights: PublishedWeights) -> None:

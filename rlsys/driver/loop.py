@@ -39,6 +39,7 @@ from rlsys.driver import options
 from rlsys.driver.alerts import Alert, Alerts
 from rlsys.driver.books import Books, GroupFilter
 from rlsys.driver.checkpoints import Checkpoint, Checkpoints
+from rlsys.driver.comparing import Comparing
 from rlsys.driver.drawing import Drawing, PromptStream
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.generators import GeneratorPool
@@ -117,8 +118,9 @@ class Driver:
         self.rewarders = RewarderPool(options.rewarder_options(config, events, strategy), roles.spawn_rewarder, *common)
         self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
         self.training = Training(config, roles, self.books, self.checkpoints, self.recorder, *common, events)
-        self.production = Production(
-            *(self.books, self.generators, self.rewarders, self.training.reference, strategy, self.recorder)
+        self.production = Production(*(self.books, self.generators, self.rewarders, strategy, self.recorder))
+        self.comparing = Comparing(
+            self.books, self.training.reference, self.recorder, self.bell, config.rollout.attempts
         )
         self.evaluator = Evaluator(
             *(self.generators, self.rewarders, self.weights, self.recorder, ledger, eval_prompts),
@@ -267,13 +269,13 @@ class Driver:
         started = self.recorder.now()
         while not self._stops:
             await self.books.expire()
-            if self.books.ready:
+            if self.comparing.ready:
                 self.recorder.waited(started)
                 return self.books.take()
             if self._reshaped is not None:
                 await self._reshape()
             await self.bell.until(
-                lambda: self._stops > 0 or self.books.ready or self._reshaped is not None, "a full batch"
+                lambda: self._stops > 0 or self.comparing.ready or self._reshaped is not None, "a full batch"
             )
         return None
 
@@ -284,7 +286,7 @@ class Driver:
                 break
             except HandleLost as error:
                 logger.warning("the batch of step %d is read again from disk: %s", self.step + 1, error)
-                items = await self.production.again(items)
+                items = await self.comparing.again(items)
         infos = [item.info for item in items]
         figures = reduce(report.metrics)
         self.recorder.traces.trained(infos, figures)
@@ -368,6 +370,7 @@ class Driver:
         await self.bell.until(self._staffed, "the workers to start")
         self.started = True
         self._spawn(self.weights.run())
+        self._spawn(self.comparing.run())
         self._spawn(self._watch())
         await self._publish()
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))
