@@ -261,7 +261,7 @@ class Roles:
 
 
 class RolloutStore(Protocol):
-    """Keeps every finished group on disk (Parquet)."""
+    """Keeps every finished group on disk (Parquet), and what evaluations were answered."""
 
     async def buffered(self, group: Handle) -> None:
         """Write a scored group durably, before it counts as buffered."""
@@ -288,8 +288,16 @@ class RolloutStore(Protocol):
         """Buffered groups of an earlier process, by prompt id; their payloads are handles of ScoredGroup."""
         ...
 
+    async def responses(self, group: Handle) -> Sequence[Mapping[str, Any]]:
+        """The rollouts of a scored group of an evaluation as rows to be kept: texts and scores, but no tokens."""
+        ...
+
+    async def evaluated(self, step: int, responses: Sequence[Mapping[str, Any]]) -> None:
+        """Write the `responses` of an evaluation durably, in place of those of an earlier one at this step."""
+        ...
+
     async def roll_back(self, version: int) -> None:
-        """Take away the final files of steps after `version`: those steps will be done again."""
+        """Take away the final files, and the evaluations, of steps after `version`: those will be done again."""
         ...
 
     async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:

@@ -343,6 +343,9 @@ class EvalConfig(Strict):
     temperature: NonNegativeFloat = 1.0
     every: NonNegativeInt = Field(0, description="Steps between evaluations while training; 0: none.")
     every_prompts: PositiveInt | None = Field(None, description="Problems of an evaluation while training; null: all.")
+    keep_responses: NonNegativeInt = Field(
+        512, description="Problems of which the responses at each evaluation are kept on disk, the first ones; 0: none."
+    )
     before: bool = True
     after: bool = True
     timeout_s: PositiveFloat = 600.0

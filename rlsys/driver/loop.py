@@ -10,7 +10,7 @@
     produce   one prompt           a buffered group    generator, rewarder, reference    their answers, or their leases
     consume   B buffered groups    weight version v+1  a batch that leaves none behind   produce
     roll-out  the newest version   a higher gate       each generator's update           consume
-    evaluate  a list of prompts    figures             generators, rewarders             their answers
+    evaluate  a list of prompts    figures, responses  generators, rewarders             their answers
 
 With bound S >= 1 the loops overlap; with S = 0 the same loops take turns, since the gate opens B slots only when every
 generator has version v, and all B prompts of a batch are handed over together. Every call to a role has a deadline;
@@ -123,9 +123,8 @@ class Driver:
             self.books, self.training.reference, self.recorder, self.bell, config.rollout.attempts
         )
         self.evaluator = Evaluator(
-            *(self.generators, self.rewarders, self.weights, self.recorder, ledger, eval_prompts),
-            options.evaluation_sampling(config),
-            config.eval.timeout_s,
+            *(self.generators, self.rewarders, self.weights, self.recorder, ledger, roles.store, eval_prompts),
+            *(options.evaluation_sampling(config), config.eval.timeout_s, config.eval.keep_responses),
         )
         self.started = False  # every role is there
         self._stops = 0

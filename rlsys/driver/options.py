@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rlsys.config.models import Config
+from rlsys.driver.waiting import STORE_TIMEOUT_S
 from rlsys.driver.workers import PoolOptions, WorkerEvents
 from rlsys.roles import Sampling
 from rlsys.segments import Strategy
 
-STORE_TIMEOUT_S = 120.0
 REWARD_MARGIN_S = 30.0  # on top of the reward workers' own time limits
 
 

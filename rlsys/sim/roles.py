@@ -388,6 +388,12 @@ class MemoryStore:
     async def load_buffered(self) -> Mapping[str, Scored]:
         return {i: Scored(group_info(g.group, g.rewards), g) for i, g in self.pending.items()}
 
+    async def responses(self, group: Handle) -> Sequence[Mapping[str, Any]]:
+        return []
+
+    async def evaluated(self, step: int, responses: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
     async def roll_back(self, version: int) -> None:
         pass
 

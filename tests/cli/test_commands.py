@@ -187,6 +187,17 @@ def test_inspect_a_prompt_tells_its_whole_story(rlsys: Callable, run_dir: Path) 
     assert "0[0:" in done.out  # sampled by version 0, from its first token on
 
 
+def test_inspect_a_held_out_prompt_shows_its_responses(rlsys: Callable, run_dir: Path) -> None:
+    done = rlsys("inspect", run_dir)
+    assert f"Their responses: rlsys report {run_dir}" in done.out
+    done = rlsys("inspect", run_dir, "eval/2")
+    assert done.code == 0
+    assert "eval/2: held out" in done.out
+    rows = [line.split() for line in done.out.splitlines() if "xxx" in line]
+    assert [(row[0], row[2], row[3].partition("[")[0]) for row in rows] == [("0", "ok", "0"), ("3", "ok", "3")]
+    assert {row[1] for row in rows} <= {"0", "1"}
+
+
 def test_inspect_shows_the_values_of_segments(rlsys: Callable, tmp_path: Path) -> None:
     strategy = Chain(continuations=2)
     strategy.bind(FixedLength(tokens=8), 40)
