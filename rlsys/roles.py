@@ -249,7 +249,9 @@ class Roles:
 
     A generator and a reward worker are started by name; the learner with the config that it is to have, whose number
     of ranks may change in the course of a run. There is no reference where the algorithm needs none. `release` gives
-    back the place of a worker that will not be started again.
+    back the place of a worker that will not be started again. `check_room` is asked before sizes are changed: it raises
+    PlacementError when the cluster has no room for those of a config, ConfigError when they cannot work, and changes
+    nothing. Where a place is taken meanwhile by somebody else, `spawn_*` raise PlacementError.
     """
 
     store: RolloutStore
@@ -258,6 +260,7 @@ class Roles:
     spawn_learner: Callable[[Config], Awaitable[Learner]]
     spawn_reference: Callable[[], Awaitable[Reference]] | None
     release: Callable[[str], None] = lambda name: None
+    check_room: Callable[[Config], None] = lambda config: None
 
 
 class RolloutStore(Protocol):

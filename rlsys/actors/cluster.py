@@ -28,7 +28,7 @@ from rlsys.actors.rewards import start_rewarder
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
-from rlsys.config.plan import Facts, make_plan, this_machine
+from rlsys.config.plan import Facts, Plan, make_plan, this_machine
 from rlsys.errors import ClusterError, EngineError, HandleLost
 from rlsys.ledger.store import RolloutStore
 from rlsys.placement.needs import Need, needs_of
@@ -50,11 +50,13 @@ def start_cluster(config: Config) -> None:
         join(config.resources.ray_address, namespace=namespace)
         return
     claimed = sum(need.resources.get("CPU", 0) * len(need.workers) for need in needs(config))
+    cores = config.resources.cores or os.cpu_count() or 1
     ray.init(
         address="local",
         include_dashboard=False,
-        # Whether the machine is large enough is the plan's affair: workers take turns where it has fewer cores.
-        num_cpus=max(math.ceil(claimed), config.resources.cores or os.cpu_count() or 1),
+        # Whether the machine is large enough is the plan's affair: workers take turns where it has fewer cores. As
+        # much again as it has is for those that join later.
+        num_cpus=max(math.ceil(claimed), cores) + cores,
         object_store_memory=int(config.resources.object_store_gib * 2**30),
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -84,8 +86,20 @@ def join(address: str, **options: Any) -> None:
 
 def needs(config: Config) -> list[Need]:
     """What the roles of a run claim."""
-    facts = Facts(needs_reference=Algorithm.from_config(config.algorithm).needs.reference)
-    return needs_of(config, make_plan(config, facts, this_machine(config)).roles)
+    return needs_of(config, _planned(config).roles)
+
+
+def _planned(config: Config) -> Plan:
+    algorithm = Algorithm.from_config(config.algorithm)
+    asked = algorithm.needs
+    facts = Facts(
+        minibatches=algorithm.minibatches,
+        needs_reference=asked.reference,
+        needs_critic=asked.values,
+        needs_samples=asked.samples,
+        needs_expert=asked.expert,
+    )
+    return make_plan(config, facts, this_machine(config))
 
 
 def fetch(handles: Sequence[Any]) -> list[Any]:
@@ -148,6 +162,11 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
         [need] = [need for need in needs(shape) if need.role == "learner"]
         return await keep(start_learner(shape, model_path, places=await places.resize(need)))
 
+    def check_room(shape: Config) -> None:
+        plan = _planned(shape)
+        plan.check()
+        places.check(needs_of(shape, plan.roles))
+
     async def spawn_reference() -> Any:
         return await keep(start_reference(config, model_path, await places.options("reference")))
 
@@ -160,6 +179,7 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
             spawn_learner=spawn_learner,
             spawn_reference=spawn_reference if algorithm.needs.reference else None,
             release=places.release,
+            check_room=check_room,
         )
     finally:
         await end_cluster(list(started.values()))

@@ -45,7 +45,7 @@ def generator_options(config: Config, events: WorkerEvents) -> PoolOptions:
         kind="generator",
         patience=rollout.stall_timeout_s,
         silence=config.driver.silence_timeout_s,
-        start_timeout_s=rollout.start_timeout_s,
+        start_timeout_s=rollout.start_timeout_s + config.resources.placement_timeout_s,  # first it may wait for a node
         attempts=rollout.attempts,
         capacity=None if config.driver.max_staleness == 0 else 2 * at_once,
         whole=config.driver.max_staleness == 0,
@@ -63,7 +63,7 @@ def rewarder_options(config: Config, events: WorkerEvents, strategy: Strategy | 
         kind="rewarder",
         patience=calls * rewards.timeout_s + REWARD_MARGIN_S,
         silence=config.driver.silence_timeout_s,
-        start_timeout_s=rewards.start_timeout_s,
+        start_timeout_s=rewards.start_timeout_s + config.resources.placement_timeout_s,
         attempts=config.rollout.attempts,
         events=events,
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rlsys.cli.supervise import FINAL
 from rlsys.config.loading import load_config
-from rlsys.errors import EngineError
+from rlsys.errors import DataError, EngineError, PlacementError, RlsysError
 from rlsys.metrics.catalog import DEFINITIONS
 from rlsys.segments.partitions.fixed_length import FixedLength
 from rlsys.segments.strategies.chain import Chain
@@ -245,6 +246,21 @@ def test_a_failure_that_is_nobodys_fault_exits_with_1(rlsys: Callable, monkeypat
     monkeypatch.setattr("rlsys.cli.algorithms.algorithms", fail)
     done = rlsys("algorithms")
     assert (done.code, done.err) == (1, "rlsys: EngineError: generator-1: out of memory\n")
+
+
+@pytest.mark.parametrize("error", [PlacementError("the cluster has no room"), DataError("row 7")])
+def test_what_the_user_can_mend_exits_with_2(
+    rlsys: Callable, monkeypatch: pytest.MonkeyPatch, error: RlsysError
+) -> None:
+    """A supervisor does not start it again."""
+
+    def fail(name: str | None, markdown: bool) -> None:
+        raise error
+
+    monkeypatch.setattr("rlsys.cli.algorithms.algorithms", fail)
+    done = rlsys("algorithms")
+    assert (done.code, done.err) == (2, f"rlsys: {error}\n")
+    assert done.code in FINAL
 
 
 def test_an_unforeseen_exception_is_not_dressed_up(rlsys: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
