@@ -12,6 +12,7 @@ from pathlib import Path
 from rlsys.config.identity import check_same_run
 from rlsys.config.loading import dump_config
 from rlsys.config.models import Config
+from rlsys.config.sizes import SIZES
 from rlsys.errors import RunDirError, UserError
 from rlsys.trackers.jsonl import METRICS
 
@@ -46,7 +47,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
         _check_contents(path, config)  # another process may have come in between
         if _is_barren(path):
             for entry in path.iterdir():
-                if entry.name not in (LOCK, SUPERVISE_LOG):
+                if entry.name not in (LOCK, SUPERVISE_LOG, SIZES):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         dump_config(config, path / CONFIG)
         try:
