@@ -368,5 +368,5 @@ class Tracker(Protocol):
         ...
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run ended; `summary` is the content of summary.json, whose `failure` says what ended it, unless it is null."""
+        """The run ended; `summary` is the content of summary.json. Its `failure` is what ended the run, or null."""
         ...

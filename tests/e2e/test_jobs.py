@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
+from rlsys.cli.report import report
 from rlsys.ledger.story import read_run
 
 from .conftest import CONFIGS, RUN_TIMEOUT_S, SMALL, summary
@@ -95,7 +97,7 @@ def until(seconds: float, condition: Callable[[], bool]) -> None:
 
 
 def test_a_run_is_submitted_scaled_stopped_and_gone_on_with(
-    cluster: str, call: Callable[..., Any], tmp_path: Path
+    cluster: str, call: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     (tmp_path / "config.yaml").write_text((CONFIGS / "quickstart.yaml").read_text())
     settings = [*SMALL, "--run.name", "job", "--checkpoint.every", "50", "--driver.max_staleness", "2"]
@@ -135,6 +137,13 @@ def test_a_run_is_submitted_scaled_stopped_and_gone_on_with(
     files = [path for path in run.rglob("*") if path.is_file()]
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        browser = request.getfixturevalue("browser")
+        report([run], page := tmp_path / "report.html")
+        browser.get(page.as_uri())
+        assert [entry["message"] for entry in browser.get_log("browser")] == []
+        assert browser.find_elements("css selector", ".sample"), "there are samples to look at"
+
 
 def test_a_reward_function_finds_no_key(call: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text((CONFIGS / "quickstart.yaml").read_text())
@@ -149,7 +158,7 @@ def test_what_is_wrong_is_one_message(call: Callable[..., Any], cluster: str, tm
     (tmp_path / "config.yaml").write_text((CONFIGS / "quickstart.yaml").read_text())
     settings = [*SMALL, "--run.name", "wrong"]
     done = call(
-        "submit", "config.yaml", *settings, "--learner.ranks", "8", "--resources.roles.learner.cpus", "3", code=1
+        "submit", "config.yaml", *settings, "--learner.ranks", "8", "--resources.roles.learner.cpus", "3", code=2
     )
     assert "the cluster has no room for the run" in done.stdout
     assert "more CPUs are needed" in done.stdout
