@@ -199,8 +199,8 @@ class Rewarder(Role, Protocol):
 
 
 class Reference(Role, Protocol):
-    async def logprobs(self, group: Handle) -> Handle:
-        """Handle of a tuple with one float32 [T] array per rollout of the scored group."""
+    async def logprobs(self, groups: Sequence[Handle]) -> Sequence[Handle]:
+        """For each of the scored groups, the handle of a tuple with one float32 [T] array per rollout."""
         ...
 
     async def update(self, weights: PublishedWeights) -> None:
@@ -368,5 +368,5 @@ class Tracker(Protocol):
         ...
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run ended, well or not; `summary` is the content of summary.json."""
+        """The run ended; `summary` is the content of summary.json. Its `failure` is what ended the run, or null."""
         ...

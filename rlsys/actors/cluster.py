@@ -16,24 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from rlsys.actors import processes
 from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
 from rlsys.actors.placement import Places, nodes_of_cluster
+from rlsys.actors.processes import first_line
 from rlsys.actors.reference import start_reference
 from rlsys.actors.rewards import start_rewarder
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
 from rlsys.config.plan import Facts, Plan, make_plan, this_machine
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, EngineError, HandleLost
 from rlsys.ledger.store import RolloutStore
 from rlsys.placement.needs import Need, needs_of
 from rlsys.placement.nodes import Node
 from rlsys.roles import Roles
 
 logger = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 60.0  # for what is there already, on whatever node
+LINGER_S = 0.03  # scored groups of this long are written together
 
 
 def start_cluster(config: Config) -> None:
@@ -97,9 +102,19 @@ def _planned(config: Config) -> Plan:
     return make_plan(config, facts, this_machine(config))
 
 
-async def fetch(handle: Any) -> Any:
-    """The value behind a handle."""
-    return await handle if isinstance(handle, ray.ObjectRef) else handle
+def fetch(handles: Sequence[Any]) -> list[Any]:
+    """The values behind handles, for which it waits; in the place of one that is gone, a HandleLost.
+
+    Raises EngineError when they do not come.
+    """
+    try:
+        return list(ray.get(list(handles), timeout=FETCH_TIMEOUT_S))
+    except GetTimeoutError:
+        raise EngineError(f"a node did not hand on what it holds within {FETCH_TIMEOUT_S:g} s") from None
+    except ObjectLostError as error:
+        if len(handles) == 1:
+            return [HandleLost(f"the driver cannot have what it was given: {first_line(error)}")]
+        return [value for handle in handles for value in fetch([handle])]
 
 
 async def put(value: Any) -> Any:
@@ -158,7 +173,7 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
     try:
         await places.reserve()
         yield Roles(
-            store=RolloutStore(run_dir / "rollouts", fetch, put),
+            store=RolloutStore(run_dir / "rollouts", fetch, put, LINGER_S),
             spawn_generator=spawn_generator,
             spawn_rewarder=spawn_rewarder,
             spawn_learner=spawn_learner,

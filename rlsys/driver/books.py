@@ -133,6 +133,21 @@ class Books:
         """Whether there is a batch to be taken."""
         return self.buffer.ready(self.step)
 
+    def next(self) -> list[TrainItem]:
+        """The batch that is ready."""
+        return self.buffer.waiting(self.batch)
+
+    def compared(self, item: TrainItem) -> None:
+        """A group that waits for the learner has the reference's log-probs."""
+        self.buffer.update(item.info.index, item)
+        self._recorder.traces.passed(item.info.prompt_id, "reference", "reference")
+        self._changed()
+
+    async def give_up(self, info: GroupInfo, reason: str) -> None:
+        """Drop a group that waits for the learner."""
+        self.buffer.drop(info.index)
+        await self._lose(info, reason)
+
     def take(self) -> list[TrainItem]:
         items = [entry.item for entry in self.buffer.take(self.step)]
         for item in items:
@@ -142,12 +157,15 @@ class Books:
     async def expire(self) -> None:
         """The hard bound on staleness: admission keeps groups from getting here; one that does is dropped and shown."""
         for entry in self.buffer.expire(self.step):
-            info = entry.item.info
             reason = f"stale: its oldest token is of version {entry.version}, the learner is at {self.step}"
-            self.ledger.dropped(info.prompt_id, reason, self.step)
-            self._recorder.traces.end(info.prompt_id)
-            self._dropped(info.index, info)
-            await stored(self.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
+            await self._lose(entry.item.info, reason)
+
+    async def _lose(self, info: GroupInfo, reason: str) -> None:
+        """A complete group, which is on disk, is not trained on."""
+        self.ledger.dropped(info.prompt_id, reason, self.step)
+        self._recorder.traces.end(info.prompt_id)
+        self._dropped(info.index, info)
+        await stored(self.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
 
     def settle(self, infos: Sequence[GroupInfo], report: StepReport) -> str:
         """Fates of a batch, and the next step; returns what `write` has to be told.

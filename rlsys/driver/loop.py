@@ -39,6 +39,7 @@ from rlsys.driver import options
 from rlsys.driver.alerts import Alert, Alerts
 from rlsys.driver.books import Books, GroupFilter
 from rlsys.driver.checkpoints import Checkpoint, Checkpoints
+from rlsys.driver.comparing import Comparing
 from rlsys.driver.drawing import Drawing, PromptStream
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.generators import GeneratorPool
@@ -122,8 +123,9 @@ class Driver:
             *(self.generators, self.rewarders, self.training, self.incidents),
             *(roles.check_room, run_dir, self.bell.ring, config.driver.autoscale),
         )
-        self.production = Production(
-            *(self.books, self.generators, self.rewarders, self.training.reference, strategy, self.recorder)
+        self.production = Production(*(self.books, self.generators, self.rewarders, strategy, self.recorder))
+        self.comparing = Comparing(
+            self.books, self.training.reference, self.recorder, self.bell, config.rollout.attempts
         )
         self.evaluator = Evaluator(
             *(self.generators, self.rewarders, self.weights, self.recorder, ledger, roles.store, eval_prompts),
@@ -148,6 +150,7 @@ class Driver:
         """
         self._main = asyncio.current_task()
         summary: dict[str, Any] = {}
+        failure: str | None = None
         self.recorder.begin()
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -161,11 +164,12 @@ class Driver:
                     self._end()
         except BaseExceptionGroup as group:
             error = first_of(group)
-            self.tracker.incident("the run has failed", f"{type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+            self.tracker.incident("the run has failed", failure)
             raise error from None
         finally:
             try:
-                summary = self._summary()
+                summary = {**self._summary(), "failure": failure}
             finally:
                 self.tracker.finish(summary)
         return summary
@@ -251,13 +255,13 @@ class Driver:
         started = self.recorder.now()
         while not self._stops:
             await self.books.expire()
-            if self.books.ready:
+            if self.comparing.ready:
                 self.recorder.waited(started)
                 return self.books.take()
             if self.training.pending is not None:
                 await self.training.reshape()
             await self.bell.until(
-                lambda: self._stops > 0 or self.books.ready or self.training.pending is not None, "a full batch"
+                lambda: self._stops > 0 or self.comparing.ready or self.training.pending is not None, "a full batch"
             )
         return None
 
@@ -268,7 +272,7 @@ class Driver:
                 break
             except HandleLost as error:
                 logger.warning("the batch of step %d is read again from disk: %s", self.step + 1, error)
-                items = await self.production.again(items)
+                items = await self.comparing.again(items)
         infos = [item.info for item in items]
         figures = reduce(report.metrics)
         self.recorder.traces.trained(infos, figures)
@@ -349,6 +353,7 @@ class Driver:
         await self.bell.until(self._staffed, "the workers to start")
         self.started = True
         self._spawn(self.weights.run())
+        self._spawn(self.comparing.run())
         self._spawn(self._watch())
         await self._publish()
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))

@@ -73,9 +73,7 @@ class Training:
         self.reference: Keeper[Reference] | None = None
         if roles.spawn_reference is not None:
             self.reference = Keeper(
-                KeeperOptions(
-                    "reference", config.reference.start_timeout_s, attempts=config.rollout.attempts, **common
-                ),
+                KeeperOptions("reference", config.reference.start_timeout_s, **common),
                 roles.spawn_reference,
                 self._restore,
                 run,
@@ -147,9 +145,7 @@ class Training:
         self._recorder.reference(weights.version)
 
     async def _move(self, reference: Keeper[Reference], weights: PublishedWeights) -> None:
-        await reference.call(
-            lambda reference: reference.update(weights), f"take version {weights.version}", essential=True
-        )
+        await reference.call(lambda reference: reference.update(weights), f"take version {weights.version}")
 
     async def judge(self) -> None:
         """Ask the critic about the prompts that may come next, before the gate opens for them."""
@@ -189,7 +185,7 @@ class Training:
             with self._recorder.span(f"copy {version}", "learner"):
                 writer, writing = await self._ask(copy, "save a checkpoint")
                 if self.moving is not None:
-                    await self.moving.call(save, "save a checkpoint", essential=True)
+                    await self.moving.call(save, "save a checkpoint")
         except BaseException:
             self._checkpoints.abandon(version)
             raise

@@ -147,13 +147,6 @@ def read_incidents(run_dir: Path, most: int) -> list[Event]:
         return _events(db.execute(query, (*ROUTINE, most)))
 
 
-def read_workers(run_dir: Path) -> set[str]:
-    """The names of all workers that have ever joined. Raises RunDirError, as `read_run` does."""
-    with _open(run_dir) as db:
-        query = "SELECT DISTINCT json_extract(detail, '$.worker') FROM events WHERE prompt_id IS NULL AND event = ?"
-        return {name for (name,) in db.execute(query, ("worker joined",))}
-
-
 def read_passages(run_dir: Path, first: int, last: int) -> list[Passage]:
     """All that happened to any prompt while those of the steps `first` to `last` were on their way, in order.
 

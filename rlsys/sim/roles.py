@@ -263,10 +263,10 @@ class SimReference(Mortal):
         self.state = "initial"
         self.versions: list[int] = []  # that it has taken in
 
-    async def logprobs(self, group: Handle) -> Handle:
+    async def logprobs(self, groups: Sequence[Handle]) -> Sequence[Handle]:
         await self.living(pause(self._rng, self._timing.reference_s))
         level = -1 - random.Random(self.state).random()
-        return tuple(np.full(len(r.token_ids), level, np.float32) for r in group.rollouts)
+        return [tuple(np.full(len(r.token_ids), level, np.float32) for r in group.rollouts) for group in groups]
 
     async def update(self, weights: PublishedWeights) -> None:
         await self.living(pause(self._rng, self._timing.update_s))

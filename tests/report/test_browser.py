@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,6 @@ HELD_OUT = {
     "forgotten": (0.75, 0.75, 0.75, 0.0),
     "there and back": (0.25, 0.75, 0.25, 0.25),
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, which notes what it logs and what it fetches."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("there is no Chromium here: Debian's packages chromium and chromium-driver have it")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is a dependency for development")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    started.set_window_size(1280, 900)
-    yield started
-    started.quit()
 
 
 @pytest.fixture(scope="module")
