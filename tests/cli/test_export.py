@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlsys.driver.checkpoints import Checkpoints, Manifest
+from rlsys.durable import fingerprints
 
 
 @pytest.fixture
@@ -16,9 +17,10 @@ def run(tmp_path: Path, tiny_model: Path) -> Path:
     """A run directory with checkpoints of the steps 10, 20 and 30, of which 20 is the best."""
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=3)
     for version, accuracy in ((10, 0.25), (20, 0.5), (30, 0.375)):
-        shutil.copytree(tiny_model, checkpoints.begin(version) / "hf")
+        folder = checkpoints.begin(version)
+        shutil.copytree(tiny_model, folder / "hf")
         (checkpoints.directory / f".step-{version:06d}.tmp" / "learner" / "hf" / "step").write_text(str(version))
-        checkpoints.commit(Manifest(version, 0, 0, [], 0, "", {}, {}))
+        checkpoints.commit(Manifest(version, 0, 0, [], 0, "", {}, {}), fingerprints(folder.parent))
         checkpoints.rate(version, accuracy)
     return tmp_path / "run"
 
