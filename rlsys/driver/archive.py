@@ -307,9 +307,24 @@ class Archive:
                 return {v: name for v, name in named.items() if v in staying}
 
             self._push(self._begun[version].partition(".")[2], finish)
+            self._outline(version, place, manifest, files)
         finally:
             self.abandon(version)
         return place
+
+    def _outline(self, version: int, place: Storage, manifest: str, files: Files) -> None:
+        """In the working copy, for people and commands: the newest checkpoint without its weights."""
+        folder = self._run_dir / CHECKPOINTS / f"step-{version:06d}"
+        small = [name for name in files if name.startswith("learner/hf/") and name.endswith(".json")]
+        with writing(folder):
+            for old in folder.parent.glob("step-*"):
+                shutil.rmtree(old)
+            folder.mkdir(parents=True)
+            (folder / MANIFEST).write_text(manifest)
+            try:
+                in_parallel(lambda name: place.get(name, folder / name, files[name]), small)
+            except StorageError as error:  # nothing goes on from here
+                logger.warning("%s is incomplete: %s", folder, error)
 
     # ---- pushes ----
 

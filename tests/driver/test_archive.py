@@ -127,7 +127,11 @@ class Machine:
             return None
         version, seed = newest.manifest.version, newest.manifest.seed
         folder = fetch(newest.learner)
-        assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["learner.json", "model.safetensors", "x"]
+        assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
+            "learner.json",
+            "model.safetensors",
+            "tokenizer.json",
+        ]
         assert {p.read_bytes() for p in folder.rglob("*") if p.is_file()} == {bytes([version, seed])}
         let_go(newest.learner)
         with closing(sqlite3.connect(self.run_dir / "ledger.sqlite")) as ledger:
@@ -142,7 +146,7 @@ class Machine:
 
 
 def _parts(folder: Path, version: int, seed: int) -> None:
-    for name in ("learner.json", "hf/model.safetensors", "hf/x"):
+    for name in ("learner.json", "hf/model.safetensors", "hf/tokenizer.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(bytes([version, seed]))
 
@@ -285,6 +289,16 @@ def test_another_machine_has_the_run_as_it_was(url: str, tmp_path: Path) -> None
             "wandb/run-id",
         ),
     ]
+
+
+def test_the_working_copy_has_an_outline_of_the_newest_checkpoint(url: str, tmp_path: Path) -> None:
+    """What `inspect`, `report` and `status` look at."""
+    first = Machine(url, tmp_path / "first")
+    first.save(2)
+    first.save(4)
+    folder = tmp_path / "first" / "checkpoints"
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    assert files == ["step-000004/learner/hf/tokenizer.json", "step-000004/manifest.json"]
 
 
 def test_only_what_has_changed_is_written(tmp_path: Path) -> None:
@@ -464,11 +478,11 @@ def test_a_checkpoint_that_is_incomplete_is_passed_over(
     first = Machine(url, tmp_path / "first")
     first.save(2)
     first.save(4)
-    [name] = [n for n in Storage(url).list() if re.match(r"checkpoints/step-000004.*/hf/x$", n)]
+    [name] = [n for n in Storage(url).list() if re.match(r"checkpoints/step-000004.*/hf/model.safetensors$", n)]
     Storage(url).delete([name])
     other = Machine(url, tmp_path / "other")
     assert other.found() == (2, 0)
-    assert "learner/hf/x is missing" in caplog.text
+    assert "learner/hf/model.safetensors is missing" in caplog.text
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
