@@ -51,12 +51,17 @@ def evaluate(path: Path, checkpoint: Path | None, overrides: Sequence[str]) -> N
 
 def model_folder(checkpoint: Path) -> Path:
     """The model of a checkpoint (RUN/checkpoints/step-N), or a model folder itself. Raises DataError for neither."""
-    from rlsys.models.loading import check_folder
+    from rlsys.models.loading import WEIGHT_PATTERNS, check_folder
 
     if not checkpoint.is_dir():
         raise DataError(f"--checkpoint: there is no folder {checkpoint}")
     folder = checkpoint / _MODEL_IN_CHECKPOINT
     if folder.is_dir():
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+            raise DataError(
+                f"--checkpoint: {checkpoint} has no weights; those of a run with run.storage are there: copy them with "
+                "rlsys export RUN DIR, and give that DIR"
+            )
         return folder
     if not (checkpoint / "config.json").is_file():
         steps = sorted(p.name for p in (checkpoint / "checkpoints").glob("step-*"))

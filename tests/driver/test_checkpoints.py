@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from rlsys.driver.checkpoints import Checkpoints, Manifest, kept
 from rlsys.durable import Files, fingerprints
-from rlsys.errors import DiskFullError
+from rlsys.errors import DiskFullError, RunDirError
 
 OPERATIONS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")  # all that is done by name or to disk
 
@@ -347,6 +348,17 @@ def test_when_none_is_valid_it_is_said(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "step-000002" / "manifest.json").unlink()
     assert Checkpoints(tmp_path).newest() is None
     assert "no checkpoint in" in caplog.messages[-1]
+
+
+def test_files_that_are_not_here_are_told(tmp_path: Path) -> None:
+    """Whoever wrote them sees another folder under this name: on a cluster without shared storage."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 2)
+    files = begin(checkpoints, 4, "{}")
+    shutil.rmtree(tmp_path / ".step-000004.tmp" / "learner")
+    with pytest.raises(RunDirError, match=r"learner/learner\.json is missing: run\.dir has to be on storage that all"):
+        checkpoints.commit(manifest(4), files)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
 # ---- a full disk --------------------------------------------------------------------------------------------------

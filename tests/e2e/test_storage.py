@@ -48,6 +48,9 @@ def test_another_machine_goes_on_to_the_same_bits(rlsys: Rlsys, workplace: Path,
             shutil.rmtree(run)
 
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    replayed = rlsys("replay", str(run), "--step", "3")
+    assert replayed.returncode == 0, replayed.stdout
+    assert "from the checkpoint of step 2" in replayed.stdout
     exported = rlsys("export", str(run), "stored-model")
     assert exported.returncode == 0, exported.stdout
     theirs = load_file(workplace / "runs" / "undisturbed/checkpoints/step-000004/learner/hf/model.safetensors")
