@@ -151,7 +151,6 @@ def test_nothing_is_waited_for_without_end(hanging: str) -> None:
 
 def test_what_has_to_be_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     check_driver("file:///x", "run.storage")
-    check_driver("s3://bucket", "run.storage")
     with pytest.raises(ConfigError, match=r"run\.storage: nope://x: Protocol not known: nope"):
         check_driver("nope://x", "run.storage")
     monkeypatch.setitem(sys.modules, "s3fs", None)
