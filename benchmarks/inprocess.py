@@ -159,8 +159,8 @@ class Reference(_Threaded):
         super().__init__()
         self._server = server
 
-    async def logprobs(self, group: ScoredGroup) -> Any:
-        return await self._call(self._server.logprobs, group)
+    async def logprobs(self, groups: Sequence[ScoredGroup]) -> Any:
+        return await self._call(self._server.logprobs, groups)
 
     async def update(self, weights: PublishedWeights) -> None:
         assert weights.payload is not None

@@ -200,8 +200,8 @@ class Rewarder(Role, Protocol):
 
 
 class Reference(Role, Protocol):
-    async def logprobs(self, group: Handle) -> Handle:
-        """Handle of a tuple with one float32 [T] array per rollout of the scored group."""
+    async def logprobs(self, groups: Sequence[Handle]) -> Sequence[Handle]:
+        """For each of the scored groups, the handle of a tuple with one float32 [T] array per rollout."""
         ...
 
     async def update(self, weights: PublishedWeights) -> None:
@@ -253,7 +253,9 @@ class Roles:
 
     A generator and a reward worker are started by name; the learner with the config that it is to have, whose number
     of ranks may change in the course of a run. There is no reference where the algorithm needs none. `release` gives
-    back the place of a worker that will not be started again.
+    back the place of a worker that will not be started again. `check_room` is asked before sizes are changed: it raises
+    PlacementError when the cluster has no room for those of a config, ConfigError when they cannot work, and changes
+    nothing. Where a place is taken meanwhile by somebody else, `spawn_*` raise PlacementError.
     """
 
     store: RolloutStore
@@ -262,10 +264,11 @@ class Roles:
     spawn_learner: Callable[[Config], Awaitable[Learner]]
     spawn_reference: Callable[[], Awaitable[Reference]] | None
     release: Callable[[str], None] = lambda name: None
+    check_room: Callable[[Config], None] = lambda config: None
 
 
 class RolloutStore(Protocol):
-    """Keeps every finished group on disk (Parquet)."""
+    """Keeps every finished group on disk (Parquet), and what evaluations were answered."""
 
     async def buffered(self, group: Handle) -> None:
         """Write a scored group durably, before it counts as buffered."""
@@ -292,8 +295,16 @@ class RolloutStore(Protocol):
         """Buffered groups of an earlier process, by prompt id; their payloads are handles of ScoredGroup."""
         ...
 
+    async def responses(self, group: Handle) -> Sequence[Mapping[str, Any]]:
+        """The rollouts of a scored group of an evaluation as rows to be kept: texts and scores, but no tokens."""
+        ...
+
+    async def evaluated(self, step: int, responses: Sequence[Mapping[str, Any]]) -> None:
+        """Write the `responses` of an evaluation durably, in place of those of an earlier one at this step."""
+        ...
+
     async def roll_back(self, version: int) -> None:
-        """Take away the final files of steps after `version`: those steps will be done again."""
+        """Take away the final files, and the evaluations, of steps after `version`: those will be done again."""
         ...
 
     async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:
@@ -361,5 +372,5 @@ class Tracker(Protocol):
         ...
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run ended, well or not; `summary` is the content of summary.json."""
+        """The run ended; `summary` is the content of summary.json. Its `failure` is what ended the run, or null."""
         ...

@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from rlsys.actors import processes
 from rlsys.actors.generator import start_generator
 from rlsys.actors.learner import start_learner
 from rlsys.actors.placement import Places, nodes_of_cluster
+from rlsys.actors.processes import first_line
 from rlsys.actors.reference import start_reference
 from rlsys.actors.rewards import start_rewarder
 from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
-from rlsys.config.plan import Facts, make_plan, this_machine
-from rlsys.errors import ClusterError
+from rlsys.config.plan import Facts, Plan, make_plan, this_machine
+from rlsys.errors import ClusterError, EngineError, HandleLost
 from rlsys.ledger.store import RolloutStore
 from rlsys.placement.needs import Need, needs_of
 from rlsys.placement.nodes import Node
@@ -35,6 +37,9 @@ from rlsys.roles import Roles
 from rlsys.secrets import of_models
 
 logger = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 60.0  # for what is there already, on whatever node
+LINGER_S = 0.03  # scored groups of this long are written together
 
 
 def start_cluster(config: Config) -> None:
@@ -46,11 +51,13 @@ def start_cluster(config: Config) -> None:
         join(config.resources.ray_address, namespace=namespace)
         return
     claimed = sum(need.resources.get("CPU", 0) * len(need.workers) for need in needs(config))
+    cores = config.resources.cores or os.cpu_count() or 1
     ray.init(
         address="local",
         include_dashboard=False,
-        # Whether the machine is large enough is the plan's affair: workers take turns where it has fewer cores.
-        num_cpus=max(math.ceil(claimed), config.resources.cores or os.cpu_count() or 1),
+        # Whether the machine is large enough is the plan's affair: workers take turns where it has fewer cores. As
+        # much again as it has is for those that join later.
+        num_cpus=max(math.ceil(claimed), cores) + cores,
         object_store_memory=int(config.resources.object_store_gib * 2**30),
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -80,13 +87,35 @@ def join(address: str, **options: Any) -> None:
 
 def needs(config: Config) -> list[Need]:
     """What the roles of a run claim."""
-    facts = Facts(needs_reference=Algorithm.from_config(config.algorithm).needs.reference)
-    return needs_of(config, make_plan(config, facts, this_machine(config)).roles)
+    return needs_of(config, _planned(config).roles)
 
 
-async def fetch(handle: Any) -> Any:
-    """The value behind a handle."""
-    return await handle if isinstance(handle, ray.ObjectRef) else handle
+def _planned(config: Config) -> Plan:
+    algorithm = Algorithm.from_config(config.algorithm)
+    asked = algorithm.needs
+    facts = Facts(
+        minibatches=algorithm.minibatches,
+        needs_reference=asked.reference,
+        needs_critic=asked.values,
+        needs_samples=asked.samples,
+        needs_expert=asked.expert,
+    )
+    return make_plan(config, facts, this_machine(config))
+
+
+def fetch(handles: Sequence[Any]) -> list[Any]:
+    """The values behind handles, for which it waits; in the place of one that is gone, a HandleLost.
+
+    Raises EngineError when they do not come.
+    """
+    try:
+        return list(ray.get(list(handles), timeout=FETCH_TIMEOUT_S))
+    except GetTimeoutError:
+        raise EngineError(f"a node did not hand on what it holds within {FETCH_TIMEOUT_S:g} s") from None
+    except ObjectLostError as error:
+        if len(handles) == 1:
+            return [HandleLost(f"the driver cannot have what it was given: {first_line(error)}")]
+        return [value for handle in handles for value in fetch([handle])]
 
 
 async def put(value: Any) -> Any:
@@ -135,18 +164,24 @@ async def start_roles(config: Config, model_path: str | Path, run_dir: Path) -> 
         [need] = [need for need in needs(shape) if need.role == "learner"]
         return await keep(start_learner(shape, model_path, places=await places.resize(need)))
 
+    def check_room(shape: Config) -> None:
+        plan = _planned(shape)
+        plan.check()
+        places.check(needs_of(shape, plan.roles))
+
     async def spawn_reference() -> Any:
         return await keep(start_reference(config, model_path, await places.options("reference")))
 
     try:
         await places.reserve()
         yield Roles(
-            store=RolloutStore(run_dir / "rollouts", fetch, put),
+            store=RolloutStore(run_dir / "rollouts", fetch, put, LINGER_S),
             spawn_generator=spawn_generator,
             spawn_rewarder=spawn_rewarder,
             spawn_learner=spawn_learner,
             spawn_reference=spawn_reference if algorithm.needs.reference else None,
             release=places.release,
+            check_room=check_room,
         )
     finally:
         await end_cluster(list(started.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +32,15 @@ NAME = "reference"
 
 
 class ReferenceActor(Shell):
-    """The shell around a `ReferenceServer`; groups are scored one after another, in order of arrival."""
+    """The shell around a `ReferenceServer`; calls are answered one after another, in order of arrival."""
 
     def start(self, config: Config, model_path: str) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
         self._server = ReferenceServer(_with_models(config), staged(model_path))
 
-    def logprobs(self, group: ScoredGroup) -> tuple[int, tuple[np.ndarray, ...]]:
-        """The driver reads the first of the two (rollouts scored); the second stays in the object store."""
-        arrays = self._server.logprobs(group)
-        return len(arrays), arrays
+    def logprobs(self, *groups: ScoredGroup) -> tuple[Any, ...]:
+        """The driver reads the first (groups scored); the others stay in the object store, one for each group."""
+        return (len(groups), *self._server.logprobs(groups))
 
     def update(self, version: int, manifest: Mapping[str, Any], payload: np.ndarray) -> None:
         verify(payload, manifest)
@@ -66,11 +65,11 @@ class RayReference:
         self._process = process
         self._completed = 0
 
-    async def logprobs(self, group: Handle) -> Handle:
-        """Returns when the group is scored. Raises WorkerDied."""
-        refs: list[Any] = self.actor.logprobs.options(num_returns=2).remote(group)
+    async def logprobs(self, groups: Sequence[Handle]) -> Sequence[Handle]:
+        """Returns when all groups are scored. Raises WorkerDied."""
+        refs: list[Any] = self.actor.logprobs.options(num_returns=1 + len(groups)).remote(*groups)
         await self._answer(refs[0])
-        return refs[1]
+        return refs[1:]
 
     async def update(self, weights: PublishedWeights) -> None:
         """Raises WorkerDied, WeightUpdateError for damaged bytes, DataError for the weights of another model."""

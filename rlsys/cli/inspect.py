@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.errors import RunDirError
-from rlsys.ledger.story import Event, PromptStory, RunStory, read_run, read_story
+from rlsys.ledger.story import (
+    Event,
+    PromptStory,
+    RunStory,
+    evaluation_files,
+    read_responses,
+    read_run,
+    read_story,
+    was_drawn,
+)
 from rlsys.trackers.jsonl import EVALS, METRICS, read_rows
 
 _LATEST_STEPS = 10
 
 
 def inspect(run_dir: Path, prompt: str | None, html: Path | None = None) -> None:
-    """Print the run, or the story of `prompt`, and write the same to the page `html`.
+    """Print the run, or the story of `prompt` (of a held-out one: its responses at each evaluation), and write the same
+    to the page `html`.
 
     Raises RunDirError or DataError for what is not there.
     """
@@ -28,6 +38,8 @@ def inspect(run_dir: Path, prompt: str | None, html: Path | None = None) -> None
     console = Console(highlight=False, record=html is not None)
     if prompt is None:
         _print_run(console, run_dir, read_run(run_dir))
+    elif not was_drawn(run_dir, prompt) and (rows := read_responses(run_dir, prompt)):
+        _print_held_out(console, rows)
     else:
         _print_story(console, run_dir, read_story(run_dir, prompt))
     if html is not None:
@@ -50,6 +62,8 @@ def _print_run(console: Console, run_dir: Path, story: RunStory) -> None:
             accuracy = f"{row['accuracy']:.1%}" if "accuracy" in row else "-"
             table.add_row(str(row["step"]), accuracy, _number(row.get("prompts")), _number(row.get("unscored")))
         console.print(table)
+    if evaluation_files(run_dir):
+        console.print(f"Their responses: rlsys report {run_dir}", soft_wrap=True)
     if story.steps:
         title = f"Steps (the last {_LATEST_STEPS} of {len(story.steps)})"
         table = _table(title, "step", "prompts", "mean score", "sampled by versions")
@@ -84,16 +98,26 @@ def _print_story(console: Console, run_dir: Path, story: PromptStory) -> None:
         console.print(Text(_event_line(event)), soft_wrap=True)
     if not story.rollouts:
         return
-    table = _table("Rollouts", "sample", "score", "reward", "weights", "finish", "response")
+    _print_responses(console, "Rollouts", "sample", story.rollouts)
+    if any(row["segments"] for row in story.rollouts):
+        _print_segments(console, run_dir, story)
+
+
+def _print_held_out(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    console.print(Text(f"{rows[0]['prompt_id']}: held out", style="bold"))
+    console.print(Text(f"prompt: {rows[0]['prompt']!r}  answer: {rows[0]['answer']!r}"))
+    _print_responses(console, "Evaluations", "step", rows)
+
+
+def _print_responses(console: Console, title: str, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = _table(title, key, "score", "reward", "weights", "finish", "response")
     table.columns[-1].justify = "left"
-    for row in story.rollouts:
+    for row in rows:
         spans = " ".join(f"{s['version']}[{s['start']}:{s['end']}]" for s in row["version_spans"])
         score = _number(row["score"]) if row["reward_status"] == "ok" else "-"
         reward = row["reward_status"] + (f": {row['reward_detail']}" if row["reward_detail"] else "")
-        table.add_row(str(row["sample"]), score, Text(reward), spans, row["finish_reason"], Text(repr(row["text"])))
+        table.add_row(str(row[key]), score, Text(reward), spans, row["finish_reason"], Text(repr(row["text"])))
     console.print(table)
-    if any(row["segments"] for row in story.rollouts):
-        _print_segments(console, run_dir, story)
 
 
 def _print_segments(console: Console, run_dir: Path, story: PromptStory) -> None:

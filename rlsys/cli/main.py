@@ -1,7 +1,8 @@
 """`rlsys`: the commands, and what a failure of one looks like.
 
-Exit codes: 0 done; 1 something failed, the message names the culprit; 2 the user can mend it, the message says how; 130
-ended by a second Ctrl-C. Only an exception that nobody foresaw shows its traceback.
+Exit codes: 0 done; 1 something failed, the message names the culprit; 2 the user can mend it (config, data, a cluster
+without room), the message says how; 130 ended by a second Ctrl-C. Only an exception that nobody foresaw shows its
+traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rlsys.errors import ConfigError, RlsysError, UserError
+from rlsys.errors import ConfigError, PlacementError, RlsysError, UserError
 
 app = typer.Typer(
     name="rlsys",
@@ -268,7 +269,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except UserError as error:
+    except (UserError, PlacementError) as error:
         print(f"rlsys: {error}", file=sys.stderr)
         sys.exit(2)
     except RlsysError as error:

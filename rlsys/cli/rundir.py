@@ -14,6 +14,7 @@ import typer
 from rlsys.config.identity import check_same_run
 from rlsys.config.loading import dump_config, load_config
 from rlsys.config.models import Config
+from rlsys.config.sizes import SIZES
 from rlsys.driver.archive import MARK, Archive, bring, states
 from rlsys.driver.checkpoints import Checkpoints
 from rlsys.errors import ConfigError, RunDirError, UserError
@@ -55,7 +56,7 @@ def open_run_dir(config: Config) -> Iterator[Path]:
                 _check_contents(path, config)
             elif _is_barren(path):
                 for entry in path.iterdir():
-                    if entry.name not in (LOCK, SUPERVISE_LOG, MARK):
+                    if entry.name not in (LOCK, SUPERVISE_LOG, SIZES, MARK):
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             dump_config(config, path / CONFIG)
             yield path

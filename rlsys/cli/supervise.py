@@ -27,18 +27,15 @@ import typer
 from rlsys.actors import family
 from rlsys.cli.rundir import CONFIG, SUPERVISE_LOG
 from rlsys.config.loading import load_config
+from rlsys.config.sizes import SUPERVISOR, kept_sizes
 from rlsys.trackers.jsonl import METRICS
 
 INTERRUPTED = 130  # exit code, as shells have it
-FINAL = (
-    0,
-    2,
-    INTERRUPTED,
-)  # exit codes that another start does not change: done, for the user to mend, ended on purpose
+# Exit codes that another start does not change: done, for the user to mend (no room, too), ended on purpose
+FINAL = (0, 2, INTERRUPTED)
 LAST_LINES = 20
 END_TIMEOUT_S = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MARK = "RLSYS_SUPERVISED"  # in the environment of the driver and of all that it starts on this machine
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,7 +94,10 @@ class Restarts:
 
 
 class Supervisor:
-    """Runs `first`, and `again` after each death. To be used in the main thread: it takes signals."""
+    """Runs `first`, and `again` after each death, with the sizes that the run had then.
+
+    To be used in the main thread: it takes signals.
+    """
 
     def __init__(self, first: Sequence[str], again: Sequence[str], run_dir: Path, restarts: Restarts) -> None:
         self._first, self._again = first, again
@@ -133,7 +133,7 @@ class Supervisor:
                 )
                 if self._interrupted_within(pause_s):
                     return INTERRUPTED
-                command = self._again
+                command = [*self._again, *kept_sizes(self._run_dir, self._mark)]
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -144,7 +144,7 @@ class Supervisor:
         self._child = child = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
-            env={**os.environ, _MARK: self._mark},
+            env={**os.environ, SUPERVISOR: self._mark},
             start_new_session=True,
             preexec_fn=_dies_with(os.getpid()),
         )
@@ -157,7 +157,7 @@ class Supervisor:
         reader.start()
         code = child.wait()
         self._child = None
-        left = family.end(family.family(root, _MARK, self._mark), END_TIMEOUT_S)
+        left = family.end(family.family(root, SUPERVISOR, self._mark), END_TIMEOUT_S)
         if left:
             self._say(f"processes that the driver left behind cannot be killed: {', '.join(str(m.pid) for m in left)}")
         reader.join(END_TIMEOUT_S)  # its pipe is closed, now that all who could write into it are gone

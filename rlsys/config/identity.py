@@ -21,7 +21,8 @@ MAY_DIFFER = (
     "reference.threads", "reference.micro_batch_tokens",
     "learner.ranks", "learner.zero_stage", "learner.offload", "learner.packing", "learner.micro_batch_tokens",
     "learner.logprob_chunk", "learner.gradient_checkpointing", "learner.threads", "learner.non_finite",
-    "driver.max_groups_in_flight", "driver.restarts", "eval.every", "eval.every_prompts", "eval.after",
+    "driver.max_groups_in_flight", "driver.restarts", "driver.autoscale",
+    "eval.every", "eval.every_prompts", "eval.keep_responses", "eval.after",
 )  # fmt: skip
 
 

@@ -331,6 +331,41 @@ class WeightsConfig(Strict):
     timeout_s: PositiveFloat = Field(60.0, description="One generator must take an update by then.")
 
 
+Limits = tuple[PositiveInt, PositiveInt]
+
+
+class AutoscaleConfig(Strict):
+    """Sizes that follow the load, one worker more or fewer at a time, as `rlsys scale` would change them."""
+
+    generators: Limits | None = Field(None, description="Fewest and most; null: as many as there are.")
+    reward_workers: Limits | None = Field(None, description="Fewest and most; null: as many as there are.")
+    grow_above: Fraction = Field(
+        0.3, description="One more where the run waited for its stage for more than this share of the time."
+    )
+    shrink_below: Fraction = Field(
+        0.05, description="One fewer where it waited for the learner, and for each stage less than this."
+    )
+    window: PositiveInt = Field(10, description="Steps that are looked at.")
+    cooldown: NonNegativeInt = Field(
+        5, description="Steps that do not count at first, and after a change, from when every worker is there."
+    )
+    retry_after: PositiveInt = Field(
+        100, description="Steps until what did not do is tried again: growth without room, a size that was too small."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        named = {name: limits for name in ("generators", "reward_workers") if (limits := getattr(self, name))}
+        if not named:
+            raise ValueError("names no role: give generators or reward_workers as [fewest, most], or leave it null")
+        for name, (fewest, most) in named.items():
+            if fewest > most:
+                raise ValueError(f"{name}: [{fewest}, {most}] has the fewest last")
+        if self.shrink_below >= self.grow_above:
+            raise ValueError(f"shrink_below ({self.shrink_below:g}) must be less than grow_above ({self.grow_above:g})")
+        return self
+
+
 class DriverConfig(Strict):
     prompts_per_step: PositiveInt = 64
     max_staleness: NonNegativeInt = Field(1, description="Bound S in weight versions. 0: synchronous, deterministic.")
@@ -342,6 +377,7 @@ class DriverConfig(Strict):
     silence_timeout_s: PositiveFloat = Field(
         60.0, description="A process that gives no sign of life for so long is given up and restarted."
     )
+    autoscale: AutoscaleConfig | None = Field(None, description="null: sizes change by `rlsys scale` only.")
 
 
 class EvalConfig(Strict):
@@ -350,6 +386,9 @@ class EvalConfig(Strict):
     temperature: NonNegativeFloat = 1.0
     every: NonNegativeInt = Field(0, description="Steps between evaluations while training; 0: none.")
     every_prompts: PositiveInt | None = Field(None, description="Problems of an evaluation while training; null: all.")
+    keep_responses: NonNegativeInt = Field(
+        512, description="Problems of which the responses at each evaluation are kept on disk, the first ones; 0: none."
+    )
     before: bool = True
     after: bool = True
     timeout_s: PositiveFloat = 600.0

@@ -268,7 +268,24 @@ def _arithmetic(config: Config, facts: Facts) -> list[str]:
         )
     if config.prompts.eval is None and config.eval.every:
         problems.append(f"eval.every is {config.eval.every}, but prompts.eval is null: there is nothing to evaluate on")
+    sizes = {
+        "generators": ("rollout.generators", rollout.generators),
+        "reward_workers": ("rewards.workers", config.rewards.workers),
+    }
+    for role, (fewest, most) in _autoscaled(config).items():
+        key, size = sizes[role]
+        if not fewest <= size <= most:
+            problems.append(
+                f"{key} ({size}) is not within driver.autoscale.{role} [{fewest}, {most}]: change the one or the other"
+            )
     return problems
+
+
+def _autoscaled(config: Config) -> dict[str, tuple[int, int]]:
+    """The fewest and the most workers of the roles whose sizes follow the load."""
+    autoscale = config.driver.autoscale
+    roles = {} if autoscale is None else {role: getattr(autoscale, role) for role in ("generators", "reward_workers")}
+    return {role: limits for role, limits in roles.items() if limits is not None}
 
 
 def _choices(config: Config) -> list[str]:
@@ -332,6 +349,11 @@ def _capacity(config: Config, roles: tuple[RolePlan, ...], machine: Machine) -> 
     for key, workers in (("rollout.generators", config.rollout.generators), ("learner.ranks", config.learner.ranks)):
         if workers > machine.cores:
             problems.append(f"{key} ({workers}) is more than the {machine.cores} cores of this machine: lower it")
+    most = _autoscaled(config).get("generators", (0, 0))[1]
+    if most > machine.cores:
+        problems.append(
+            f"driver.autoscale.generators goes up to {most}, more than the {machine.cores} cores of this machine"
+        )
     if config.profile == "gpu":
         gpus = sum(role.workers * role.gpus for role in roles)
         if gpus > machine.gpus:

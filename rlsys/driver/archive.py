@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.sizes import SIZES
 from rlsys.driver.shelf import MANIFEST, Found, Keep
 from rlsys.durable import Files, Fingerprint, fingerprint, replace_text, seal, unseal, writing
 from rlsys.errors import DamagedFileError, RunDirError, StorageError
@@ -50,7 +51,7 @@ CONFIG = "config.yaml"  # there: first to come and last to go, so that it is a r
 FORMAT = 1
 CHECKPOINTS, FILES, STATES, DRIVERS = "checkpoints", "files", "states", "drivers"
 _NOT_PUSHED = re.compile(
-    rf"(.*/)?(\..*|.*\.(lock|sock|partial|tmp|damaged))|{re.escape(MARK)}|{re.escape(LEDGER_FILE)}(-.*)?|checkpoints/.*step-.*"
+    rf"(.*/)?(\..*|.*\.(lock|sock|partial|tmp|damaged))|{re.escape(MARK)}|{re.escape(SIZES)}|{re.escape(LEDGER_FILE)}(-.*)?|checkpoints/.*step-.*"
 )
 _STATE = re.compile(r"(\d+)\.(\d+)\.json")
 _TRIES = 20  # for the number of a driver, when several begin at the same time

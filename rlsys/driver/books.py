@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from rlsys.config.models import Config
-from rlsys.driver import options
 from rlsys.driver.buffer import GroupBuffer
 from rlsys.driver.drawing import Drawing
 from rlsys.driver.gate import StalenessGate
 from rlsys.driver.progress import Recorder
-from rlsys.driver.waiting import within
-from rlsys.errors import EngineError, RlsysError
+from rlsys.driver.waiting import stored
+from rlsys.errors import RlsysError
 from rlsys.ledger.ledger import Ledger
 from rlsys.roles import Handle, RolloutStore, SampleRow, Scored, StepReport, TrainItem
 from rlsys.types import GroupInfo, Progress, Prompt
 
 FRUITLESS_BATCHES = 100  # dropped groups in a row, in batches, without a step: then nothing is left to learn from
-
-T = TypeVar("T")
 
 
 class GroupFilter(Protocol):
@@ -96,7 +93,7 @@ class Books:
 
     async def keep(self, group: Handle) -> None:
         """A group is complete: write it to disk."""
-        await self._store(self.store.buffered(group))
+        await stored(self.store.buffered(group))
 
     def reject(self, info: GroupInfo) -> str | None:
         """Why a complete group is not to be trained on."""
@@ -120,7 +117,7 @@ class Books:
                 "nothing is left to train on"
             )
         if on_disk:
-            await self._store(self.store.settled([prompt.id], f"dropped: {reason}", self.step))
+            await stored(self.store.settled([prompt.id], f"dropped: {reason}", self.step))
 
     def finish(self, prompt: Prompt, item: TrainItem) -> None:
         """The group waits for the learner."""
@@ -136,6 +133,21 @@ class Books:
         """Whether there is a batch to be taken."""
         return self.buffer.ready(self.step)
 
+    def next(self) -> list[TrainItem]:
+        """The batch that is ready."""
+        return self.buffer.waiting(self.batch)
+
+    def compared(self, item: TrainItem) -> None:
+        """A group that waits for the learner has the reference's log-probs."""
+        self.buffer.update(item.info.index, item)
+        self._recorder.traces.passed(item.info.prompt_id, "reference", "reference")
+        self._changed()
+
+    async def give_up(self, info: GroupInfo, reason: str) -> None:
+        """Drop a group that waits for the learner."""
+        self.buffer.drop(info.index)
+        await self._lose(info, reason)
+
     def take(self) -> list[TrainItem]:
         items = [entry.item for entry in self.buffer.take(self.step)]
         for item in items:
@@ -145,12 +157,15 @@ class Books:
     async def expire(self) -> None:
         """The hard bound on staleness: admission keeps groups from getting here; one that does is dropped and shown."""
         for entry in self.buffer.expire(self.step):
-            info = entry.item.info
             reason = f"stale: its oldest token is of version {entry.version}, the learner is at {self.step}"
-            self.ledger.dropped(info.prompt_id, reason, self.step)
-            self._recorder.traces.end(info.prompt_id)
-            self._dropped(info.index, info)
-            await self._store(self.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
+            await self._lose(entry.item.info, reason)
+
+    async def _lose(self, info: GroupInfo, reason: str) -> None:
+        """A complete group, which is on disk, is not trained on."""
+        self.ledger.dropped(info.prompt_id, reason, self.step)
+        self._recorder.traces.end(info.prompt_id)
+        self._dropped(info.index, info)
+        await stored(self.store.settled([info.prompt_id], f"dropped: {reason}", self.step))
 
     def settle(self, infos: Sequence[GroupInfo], report: StepReport) -> str:
         """Fates of a batch, and the next step; returns what `write` has to be told.
@@ -168,7 +183,7 @@ class Books:
 
     async def reread(self, prompt_ids: Sequence[str]) -> list[TrainItem]:
         """Groups without a fate, from disk: their handles are new."""
-        return list(await self._store(self.store.load(prompt_ids, self.step)))
+        return list(await stored(self.store.load(prompt_ids, self.step)))
 
     def write(self, items: Sequence[TrainItem], fate: str) -> asyncio.Task[None]:
         """Move the batch of the newest step to its final file, with the reference's log-probs."""
@@ -179,7 +194,7 @@ class Books:
 
     async def _write(self, items: Sequence[TrainItem], fate: str, step: int) -> None:
         ids = [item.info.prompt_id for item in items]
-        await self._store(self.store.settled(ids, fate, step, [item.reference for item in items]))
+        await stored(self.store.settled(ids, fate, step, [item.reference for item in items]))
 
     async def written(self) -> None:
         """Return when every batch is in its final file."""
@@ -189,11 +204,11 @@ class Books:
     async def consumed(self, step: int) -> list[TrainItem]:
         """The batch that made version `step`, as it was. Raises DataError when the store does not have it any more."""
         await self.written()
-        return list(await self._store(self.store.load(self.ledger.consumed(step), step)))
+        return list(await stored(self.store.load(self.ledger.consumed(step), step)))
 
     async def samples(self, step: int, limit: int) -> Sequence[SampleRow]:
         """A few rollouts of the newest step that is on disk, if that is `step`."""
-        return await self._store(self.store.samples(step, limit))
+        return await stored(self.store.samples(step, limit))
 
     # ---- small things ----
 
@@ -202,7 +217,3 @@ class Books:
         self.gate.drop()
         self._recorder.dropped(info)
         self._changed()
-
-    async def _store(self, call: Awaitable[T]) -> T:
-        late = EngineError(f"the rollout store did not answer in {options.STORE_TIMEOUT_S:g} s")
-        return await within(options.STORE_TIMEOUT_S, call, late)

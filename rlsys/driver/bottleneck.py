@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["generation", "reward", "after"]  # after: the disk, the reference
+Stage = Literal["generation", "reward", "after"]  # after: the disk
 Span = tuple[float, float]  # seconds of one clock
 
 STAGES = ("generation", "reward", "learner")

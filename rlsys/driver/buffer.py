@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -83,8 +85,15 @@ class GroupBuffer(Generic[T]):
         self._finished.setdefault(version, {})[index] = Entry(index, version, item)
 
     def drop(self, index: int) -> None:
-        """The group under way will not be finished."""
-        self._leave(index)
+        """The group under way will not be finished, or the finished one is given up."""
+        if not any(entries.pop(index, None) for entries in self._finished.values()):
+            self._leave(index)
+
+    def update(self, index: int, item: T) -> None:
+        """What belongs to a finished group is another thing now; of a group that has gone, nothing."""
+        for entries in self._finished.values():
+            if index in entries:
+                entries[index] = replace(entries[index], item=item)
 
     def _leave(self, index: int) -> int:
         started = self._under_way.pop(index, None)
@@ -114,26 +123,21 @@ class GroupBuffer(Generic[T]):
         """The next batch, for the learner at `version`. Raises ValueError unless `ready`, or if a group is too old."""
         if not self.ready(version):
             raise ValueError(f"no batch is ready at version {version}")
-        batch: list[Entry[T]] = []
-        for start in sorted(self._finished):
-            entries = self._finished[start]
-            for index in sorted(entries)[: self.batch - len(batch)]:
-                batch.append(entries.pop(index))
-            if not entries:
-                del self._finished[start]
-            if len(batch) == self.batch:
-                break
+        batch = list(itertools.islice(self._in_order(), self.batch))
+        for entry in batch:
+            del self._finished[entry.version][entry.index]
         if batch[0].version < version - self.bound:
             raise ValueError(f"group {batch[0].index} of version {batch[0].version} is too old at {version}")
         return batch
 
-    def waiting(self) -> list[T]:
-        """What is finished and not taken, in the order of `take`."""
-        return [
-            self._finished[start][index].item
-            for start in sorted(self._finished)
-            for index in sorted(self._finished[start])
-        ]
+    def waiting(self, most: int | None = None) -> list[T]:
+        """What is finished and not taken, in the order of `take`; no more than `most`."""
+        return [entry.item for entry in itertools.islice(self._in_order(), most)]
+
+    def _in_order(self) -> Iterator[Entry[T]]:
+        for start in sorted(self._finished):
+            for index in sorted(self._finished[start]):
+                yield self._finished[start][index]
 
     def expire(self, version: int) -> list[Entry[T]]:
         """Remove and return finished groups that are too old for the learner at `version`: none in normal running."""

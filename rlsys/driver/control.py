@@ -1,7 +1,7 @@
 """Questions and orders to a running driver, over a socket in its run directory: one line of JSON there, one back.
 
     {"ask": "status"}                                           -> {"status": {...}}
-    {"ask": "scale", "sizes": {"generators": 3}}                -> {"said": ["generators: 2 -> 3"]}
+    {"ask": "scale", "sizes": {"generators": 3}}                -> {"said": ["rollout.generators: 2 -> 3"]}
     {"ask": "stop"}                                             -> {"said": ["it stops after this step, ..."]}
     anything that does not work                                 -> {"error": "what is wrong"}
 
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from rlsys.config.models import Sizes
 from rlsys.driver.waiting import within
-from rlsys.errors import ConfigError, RlsysError, RunDirError
+from rlsys.errors import ClusterError, ConfigError, RlsysError, RunDirError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Controlled(Protocol):
     def status(self) -> Mapping[str, Any]: ...
 
     def scale(self, sizes: Sizes) -> list[str]:
-        """Begin to change the sizes; says what is changed."""
+        """Begin to change the sizes; says what is changed. Raises ConfigError or PlacementError for what cannot be."""
         ...
 
     def stop(self) -> None:
@@ -102,7 +102,7 @@ def _answer(driver: Controlled, line: bytes) -> dict[str, Any]:
             case {"ask": "stop"}:
                 driver.stop()
                 return {"said": ["it stops after this step, with a checkpoint; the same command goes on from there"]}
-    except ValueError as error:  # JSON's and pydantic's are ValueErrors
+    except (ValueError, UserError, ClusterError) as error:  # JSON's and pydantic's are ValueErrors
         return {"error": str(error)}
     return {"error": "it understands status, scale and stop"}
 

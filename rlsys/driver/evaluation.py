@@ -5,25 +5,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rlsys.driver.generators import GeneratorPool, Request
 from rlsys.driver.progress import Recorder
 from rlsys.driver.rewarders import RewarderPool, Rounds
-from rlsys.driver.waiting import within
+from rlsys.driver.waiting import stored, within
 from rlsys.driver.weights import WeightRollout
 from rlsys.driver.workers import WorkFailed
 from rlsys.errors import BadRollout, EngineError, HandleLost
 from rlsys.ledger.ledger import Ledger
-from rlsys.roles import Sampling
+from rlsys.roles import RolloutStore, Sampling
 from rlsys.types import GroupInfo, Prompt
 
 logger = logging.getLogger(__name__)
 
 
+class Answered(NamedTuple):
+    """A prompt of an evaluation; `responses` are the rows that the store keeps, none where it keeps none."""
+
+    info: GroupInfo
+    responses: Sequence[Mapping[str, Any]]
+
+
 class Evaluator:
-    """Samples and scores held-out prompts; results go to the tracker and, under a key, to the ledger's facts."""
+    """Samples and scores held-out prompts.
+
+    Results go to the tracker and, under a key, to the ledger's facts; the responses to the first `keep` prompts, which
+    are the same at every evaluation, go to the rollout store.
+    """
 
     def __init__(
         self,
@@ -32,18 +43,22 @@ class Evaluator:
         weights: WeightRollout,
         recorder: Recorder,
         ledger: Ledger,
+        store: RolloutStore,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         timeout_s: float,
+        keep: int,
     ) -> None:
         self._generators = generators
         self._rewarders = rewarders
         self._weights = weights
         self._recorder = recorder
         self._ledger = ledger
+        self._store = store
         self._prompts = list(prompts)
         self._sampling = sampling
         self._timeout_s = timeout_s
+        self._kept = {prompt.id for prompt in self._prompts[:keep]}
         self._running = False
 
     def result(self, key: str) -> dict[str, Any] | None:
@@ -80,29 +95,33 @@ class Evaluator:
             "raise it, or evaluate fewer prompts (eval.prompts, eval.every_prompts)"
         )
         with self._recorder.span(f"evaluation at {step}", "evaluation"):
-            infos = await within(self._timeout_s, self._evaluate(prompts), late)
+            answered = await within(self._timeout_s, self._evaluate(prompts), late)
+        if self._kept:  # first, so that what has figures has its responses, too
+            await stored(self._store.evaluated(step, [row for one in answered for row in one.responses]))
+        infos = [one.info for one in answered]
         result = summarize(infos, failed=len(prompts) - len(infos))
         self._recorder.evaluated(step, result, [s for info in infos for s in info.scores if not math.isnan(s)])
         rated = {"step": step, **result}
         self._ledger.remember(f"eval.{key}", rated)
         return rated
 
-    async def _evaluate(self, prompts: Sequence[Prompt]) -> list[GroupInfo]:
+    async def _evaluate(self, prompts: Sequence[Prompt]) -> list[Answered]:
         """Without those that could not be sampled or scored."""
         generating = self._generators.submit([self._request(prompt) for prompt in prompts])
         results = await asyncio.gather(*map(self._score, prompts, generating))
-        return [info for info in results if info is not None]
+        return [one for one in results if one is not None]
 
     def _request(self, prompt: Prompt) -> Request:
         return Request(prompt, self._sampling, training=False)
 
-    async def _score(self, prompt: Prompt, generating: asyncio.Future[Any]) -> GroupInfo | None:
+    async def _score(self, prompt: Prompt, generating: asyncio.Future[Any]) -> Answered | None:
         """What is lost on the way, with the node that had it, is sampled again."""
         while True:
             try:
                 generated, _ = await generating
                 [scoring] = self._rewarders.submit([Rounds(prompt.id, [[generated.payload]], training=False)])
                 scored, _ = await scoring
+                rows = await self._store.responses(scored.payload) if prompt.id in self._kept else ()
             except HandleLost as error:
                 logger.warning("%s of the evaluation is sampled again: %s", prompt.id, error)
                 [generating] = self._generators.submit([self._request(prompt)])
@@ -110,8 +129,7 @@ class Evaluator:
                 logger.warning("a prompt of the evaluation is left out: %s", error)
                 return None
             else:
-                info: GroupInfo = scored.info
-                return info
+                return Answered(scored.info, rows)
 
 
 def summarize(infos: Sequence[GroupInfo], failed: int) -> dict[str, float]:

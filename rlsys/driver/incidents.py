@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rlsys.driver.alerts import Alert
 from rlsys.driver.generators import Request
@@ -53,6 +53,18 @@ class Incidents:
         logger.warning("%s: %s", alert.title, alert.text)
         self._ledger.note("alert", title=alert.title, text=alert.text)
         self._recorder.tracker.incident(alert.title, alert.text)
+
+    def scaled(self, changes: Sequence[str], why: str) -> None:
+        """Sizes are being changed; `why` says by whom, or what for."""
+        logger.warning("%s (%s)", ", ".join(changes), why)
+        self._ledger.note("scaled", changes=list(changes), why=why)
+
+    def no_room(self, what: str, error: RlsysError) -> None:
+        """The cluster has none for what was to join; the run goes on with what it has."""
+        self.newest = f"no room for {what}"
+        logger.warning("there is no room for %s, and the run goes on with what it has: %s", what, error)
+        self._ledger.note("no room", worker=what, cause=str(error))
+        self._recorder.tracker.incident(f"no room for {what}", str(error))
 
     def _assigned(self, work: object, worker: str, attempt: int) -> None:
         if isinstance(work, Request) and work.training and work.root is None:

@@ -22,7 +22,6 @@ class KeeperOptions:
     timeout_s: float  # of one call
     timeout_key: str  # of the config, for messages
     silence: float  # seconds without a sign of life before it is given up
-    attempts: int | None = None  # deaths of which one piece of work may be the cause; None: as many as restarts
     events: WorkerEvents = field(default_factory=WorkerEvents)
 
 
@@ -64,11 +63,11 @@ class Keeper(Generic[W]):
         """Return when it is there."""
         await self._ready.wait()
 
-    async def call(self, ask: Callable[[W], Awaitable[T]], what: str, essential: bool = False) -> T:
+    async def call(self, ask: Callable[[W], Awaitable[T]], what: str, attempts: int | None = None) -> T:
         """The answer, whatever becomes of the worker meanwhile. `what` it is asked to do completes a message.
 
-        Raises WorkFailed when this call was what the worker died of `attempts` times, unless the run cannot do without
-        it (`essential`), and what the worker itself raises. The run ends by itself when the worker cannot be restarted.
+        Raises WorkFailed when this call was what the worker died of `attempts` times (None: the run cannot do without
+        it), and what the worker itself raises. The run ends by itself when the worker cannot be restarted.
         """
         key = object()
         self._asked[key] = what
@@ -90,8 +89,7 @@ class Keeper(Generic[W]):
                     self.lose(worker, error)
                 finally:
                     give_up(answer)
-                most = None if essential else self.options.attempts
-                if most is not None and self._blamed[key] >= most:
+                if attempts is not None and self._blamed[key] >= attempts:
                     raise WorkFailed(f"{self._blamed[key]} attempts, the last: {gone.result()}")
         finally:
             del self._asked[key], self._blamed[key]

@@ -10,7 +10,7 @@
     produce   one prompt           a buffered group    generator, rewarder, reference    their answers, or their leases
     consume   B buffered groups    weight version v+1  a batch that leaves none behind   produce
     roll-out  the newest version   a higher gate       each generator's update           consume
-    evaluate  a list of prompts    figures             generators, rewarders             their answers
+    evaluate  a list of prompts    figures, responses  generators, rewarders             their answers
 
 With bound S >= 1 the loops overlap; with S = 0 the same loops take turns, since the gate opens B slots only when every
 generator has version v, and all B prompts of a batch are handed over together. Every call to a role has a deadline;
@@ -39,6 +39,7 @@ from rlsys.driver import options
 from rlsys.driver.alerts import Alert, Alerts
 from rlsys.driver.books import Books, GroupFilter
 from rlsys.driver.checkpoints import Checkpoint, Checkpoints
+from rlsys.driver.comparing import Comparing
 from rlsys.driver.drawing import Drawing, PromptStream
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.generators import GeneratorPool
@@ -48,6 +49,7 @@ from rlsys.driver.progress import Recorder, Totals, packages
 from rlsys.driver.recovery import recover
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.rewarders import RewarderPool
+from rlsys.driver.scaling import Scaling
 from rlsys.driver.shelf import Shelf
 from rlsys.driver.training import Training
 from rlsys.driver.waiting import Bell
@@ -120,18 +122,21 @@ class Driver:
         self.rewarders = RewarderPool(options.rewarder_options(config, events, strategy), roles.spawn_rewarder, *common)
         self.weights = WeightRollout(self.generators, self.bell, self._rolled_out)
         self.training = Training(config, roles, self.books, self.checkpoints, self.recorder, *common, events)
-        self.production = Production(
-            *(self.books, self.generators, self.rewarders, self.training.reference, strategy, self.recorder)
+        self.scaling = Scaling(
+            *(self.generators, self.rewarders, self.training, self.incidents),
+            *(roles.check_room, run_dir, self.bell.ring, config.driver.autoscale),
+        )
+        self.production = Production(*(self.books, self.generators, self.rewarders, strategy, self.recorder))
+        self.comparing = Comparing(
+            self.books, self.training.reference, self.recorder, self.bell, config.rollout.attempts
         )
         self.evaluator = Evaluator(
-            *(self.generators, self.rewarders, self.weights, self.recorder, ledger, eval_prompts),
-            options.evaluation_sampling(config),
-            config.eval.timeout_s,
+            *(self.generators, self.rewarders, self.weights, self.recorder, ledger, roles.store, eval_prompts),
+            *(options.evaluation_sampling(config), config.eval.timeout_s, config.eval.keep_responses),
         )
         self.started = False  # every role is there
         self._stops = 0
         self._held = False  # S = 0: no new prompts during an evaluation or a checkpoint
-        self._reshaped: Config | None = None  # what the learner is to be like, from the next step on
         self._main: asyncio.Task[Any] | None = None
         self._tasks: asyncio.TaskGroup
         self._background: set[asyncio.Task[None]] = set()
@@ -148,6 +153,7 @@ class Driver:
         """
         self._main = asyncio.current_task()
         summary: dict[str, Any] = {}
+        failure: str | None = None
         self.recorder.begin()
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -161,11 +167,12 @@ class Driver:
                     self._end()
         except BaseExceptionGroup as group:
             error = first_of(group)
-            self.tracker.incident("the run has failed", f"{type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+            self.tracker.incident("the run has failed", failure)
             raise error from None
         finally:
             try:
-                summary = self._summary()
+                summary = {**self._summary(), "failure": failure}
             finally:
                 self.tracker.finish(summary)
         return summary
@@ -179,27 +186,8 @@ class Driver:
             self._main.cancel()
 
     def scale(self, sizes: Sizes) -> list[str]:
-        """Begin to have so many workers, and a learner of such a shape; returns what is changed.
-
-        New workers get the newest weights before they get work, leaving ones finish what they have. The learner is
-        started anew from a checkpoint, between two steps.
-        """
-        said = []
-        for name, pool in (("generators", self.generators), ("reward_workers", self.rewarders)):
-            count = getattr(sizes, name)
-            if count is not None and count != pool.size:
-                said.append(f"{name}: {pool.size} -> {count}")
-                pool.resize(count)
-        config = self._reshaped or self.training.config
-        asked = {"ranks": sizes.learner_ranks, "zero_stage": sizes.zero_stage}
-        changes = {k: v for k, v in asked.items() if v is not None and v != getattr(config.learner, k)}
-        if changes:
-            said += [f"learner.{key}: {getattr(config.learner, key)} -> {value}" for key, value in changes.items()]
-            self._reshaped = config.model_copy(update={"learner": config.learner.model_copy(update=changes)})
-        if said:
-            self.ledger.note("scaled", changes=said)
-            self.bell.ring()
-        return said
+        """Begin to have these sizes; returns what is changed. See `Scaling.scale`."""
+        return self.scaling.scale(sizes)
 
     def status(self) -> dict[str, Any]:
         """How things stand, for people: in JSON's types."""
@@ -254,8 +242,8 @@ class Driver:
                     await self._unless_stopped(evaluation)
             if save:
                 await self.training.save()
-            if self._reshaped is not None:
-                await self._reshape()
+            if self.training.pending is not None:
+                await self.training.reshape()
             self._held = False
             self.bell.ring()
 
@@ -270,13 +258,13 @@ class Driver:
         started = self.recorder.now()
         while not self._stops:
             await self.books.expire()
-            if self.books.ready:
+            if self.comparing.ready:
                 self.recorder.waited(started)
                 return self.books.take()
-            if self._reshaped is not None:
-                await self._reshape()
+            if self.training.pending is not None:
+                await self.training.reshape()
             await self.bell.until(
-                lambda: self._stops > 0 or self.books.ready or self._reshaped is not None, "a full batch"
+                lambda: self._stops > 0 or self.comparing.ready or self.training.pending is not None, "a full batch"
             )
         return None
 
@@ -287,13 +275,15 @@ class Driver:
                 break
             except HandleLost as error:
                 logger.warning("the batch of step %d is read again from disk: %s", self.step + 1, error)
-                items = await self.production.again(items)
+                items = await self.comparing.again(items)
         infos = [item.info for item in items]
         figures = reduce(report.metrics)
         self.recorder.traces.trained(infos, figures)
-        chosen = self.drawing.observe(report, infos, figures)
+        chosen = {**self.drawing.observe(report, infos, figures), **self.scaling.figures()}
         record = self.recorder.step(report, infos, chosen, self.books.buffer.under_way, self.books.buffer.finished)
         self._alert(self.alerts.step(report.version, record, report.skipped))
+        if not self._stops:
+            self.scaling.step(record)
         self._spawn(self._show(self.books.write(items, fate), report))
 
     async def _show(self, writing: asyncio.Task[None], report: StepReport) -> None:
@@ -328,11 +318,6 @@ class Driver:
 
     async def _publish_again(self) -> PublishedWeights:
         return await self.training.publish()
-
-    async def _reshape(self) -> None:
-        assert self._reshaped is not None
-        config, self._reshaped = self._reshaped, None
-        await self.training.reshape(config)
 
     async def _evaluate_meanwhile(self, step: int) -> None:
         await self._rate(await self.evaluator.meanwhile(step, self.config.eval.every_prompts))
@@ -371,6 +356,7 @@ class Driver:
         await self.bell.until(self._staffed, "the workers to start")
         self.started = True
         self._spawn(self.weights.run())
+        self._spawn(self.comparing.run())
         self._spawn(self._watch())
         await self._publish()
         await self._unless_stopped(self._spawn(self.weights.reached(self.step)))

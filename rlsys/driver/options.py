@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rlsys.config.models import Config
+from rlsys.driver.waiting import STORE_TIMEOUT_S
 from rlsys.driver.workers import PoolOptions, WorkerEvents
 from rlsys.roles import Sampling
 from rlsys.segments import Strategy
 
-STORE_TIMEOUT_S = 120.0
 REWARD_MARGIN_S = 30.0  # on top of the reward workers' own time limits
 
 
@@ -45,7 +45,7 @@ def generator_options(config: Config, events: WorkerEvents) -> PoolOptions:
         kind="generator",
         patience=rollout.stall_timeout_s,
         silence=config.driver.silence_timeout_s,
-        start_timeout_s=rollout.start_timeout_s,
+        start_timeout_s=rollout.start_timeout_s + config.resources.placement_timeout_s,  # first it may wait for a node
         attempts=rollout.attempts,
         capacity=None if config.driver.max_staleness == 0 else 2 * at_once,
         whole=config.driver.max_staleness == 0,
@@ -63,7 +63,7 @@ def rewarder_options(config: Config, events: WorkerEvents, strategy: Strategy | 
         kind="rewarder",
         patience=calls * rewards.timeout_s + REWARD_MARGIN_S,
         silence=config.driver.silence_timeout_s,
-        start_timeout_s=rewards.start_timeout_s,
+        start_timeout_s=rewards.start_timeout_s + config.resources.placement_timeout_s,
         attempts=config.rollout.attempts,
         events=events,
     )

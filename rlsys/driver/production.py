@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
@@ -10,14 +9,13 @@ from typing import Any
 
 from rlsys.driver.books import Books
 from rlsys.driver.generators import GeneratorPool, Request
-from rlsys.driver.keeper import Keeper
 from rlsys.driver.progress import Recorder
 from rlsys.driver.rewarders import RewarderPool, Rounds
 from rlsys.driver.waiting import gathered
 from rlsys.driver.workers import WorkFailed
 from rlsys.errors import BadRollout, HandleLost, SegmentError
 from rlsys.ledger.ledger import Ledger
-from rlsys.roles import Branch, Generated, Handle, Reference, Scored, TrainItem
+from rlsys.roles import Branch, Generated, Handle, Scored, TrainItem
 from rlsys.segments import Strategy
 from rlsys.types import GroupInfo, Prompt
 
@@ -25,21 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 class Production:
-    """Takes prompts through generators, reward workers and the reference. Without a strategy they are sampled once."""
+    """Takes prompts through generators and reward workers. Without a strategy they are sampled once."""
 
     def __init__(
         self,
         books: Books,
         generators: GeneratorPool,
         rewarders: RewarderPool,
-        reference: Keeper[Reference] | None,
         strategy: Strategy | None,
         recorder: Recorder,
     ) -> None:
         self._books = books
         self._generators = generators
         self._rewarders = rewarders
-        self._reference = reference
         self._strategy = strategy
         self._recorder = recorder
 
@@ -149,37 +145,7 @@ class Production:
         return rounds, ()
 
     async def finish(self, prompt: Prompt, scored: Scored) -> None:
-        """A scored group that is on disk: filter it, have the reference score it, let the learner have it."""
-        info = scored.info
-        if reason := self._books.reject(info):
-            return await self._books.drop(prompt, reason, info, on_disk=True)
-        try:
-            item = await self._compared(TrainItem(info, scored.payload, None))
-        except WorkFailed as error:
-            return await self._books.drop(prompt, f"reference failed: {error}", info, on_disk=True)
-        if self._reference is not None:
-            self._recorder.traces.passed(prompt.id, "reference", "reference")
-        self._books.finish(prompt, item)
-
-    async def again(self, items: Sequence[TrainItem]) -> list[TrainItem]:
-        """The same groups with new handles: read from disk, and compared with the reference once more."""
-        ids = [item.info.prompt_id for item in items]
-        return await asyncio.gather(*map(self._compared, await self._books.reread(ids)))
-
-    async def _compared(self, item: TrainItem) -> TrainItem:
-        """With the reference's log-probs, where there is one."""
-        if self._reference is None:
-            return item
-        while True:
-            try:
-                logprobs = await self._logprobs(self._reference, item)
-            except HandleLost as error:
-                logger.warning("%s is read again from disk: %s", item.info.prompt_id, error)
-                [item] = await self._books.reread([item.info.prompt_id])
-            else:
-                return replace(item, reference=logprobs)
-
-    async def _logprobs(self, keeper: Keeper[Reference], item: TrainItem) -> Handle:
-        found = await keeper.call(lambda reference: reference.logprobs(item.scored), f"score {item.info.prompt_id}")
-        keeper.worked()
-        return found
+        """A scored group that is on disk: filter it, let it wait for the reference and the learner."""
+        if reason := self._books.reject(scored.info):
+            return await self._books.drop(prompt, reason, scored.info, on_disk=True)
+        self._books.finish(prompt, TrainItem(scored.info, scored.payload, None))

@@ -30,6 +30,7 @@ from rlsys.errors import (
     DataError,
     HandleLost,
     LearnerError,
+    PlacementError,
     StorageError,
     WorkerDied,
     WorkerStalled,
@@ -56,6 +57,7 @@ class Training:
         events: WorkerEvents,
     ) -> None:
         self.config = config
+        self.pending: Config | None = None  # what the learner is to be like, from the next step on
         self.saved = -1  # version of the newest checkpoint
         self.position = 0  # of the ledger, at the end of the newest step
         self._books = books
@@ -63,6 +65,8 @@ class Training:
         self._recorder = recorder
         self._run = run
         self._spawn_learner = roles.spawn_learner
+        self._events = events
+        self._before: Config | None = None  # while the learner is given another shape: the one that it had
         self._saving: asyncio.Task[None] | None = None
         self._unsaved = False  # the storage did not take the newest checkpoint
         self._turn = asyncio.Lock()  # a step and its settlement are one
@@ -72,7 +76,7 @@ class Training:
         common: dict[str, Any] = {**timeout, "silence": config.driver.silence_timeout_s, "events": events}
         self.learner: Keeper[Learner] = Keeper(
             KeeperOptions("learner", config.learner.start_timeout_s, **common),
-            lambda: self._spawn_learner(self.config),
+            self._start_learner,
             self._catch_up,
             run,
             restarts,
@@ -80,9 +84,7 @@ class Training:
         self.reference: Keeper[Reference] | None = None
         if roles.spawn_reference is not None:
             self.reference = Keeper(
-                KeeperOptions(
-                    "reference", config.reference.start_timeout_s, attempts=config.rollout.attempts, **common
-                ),
+                KeeperOptions("reference", config.reference.start_timeout_s, **common),
                 roles.spawn_reference,
                 self._restore,
                 run,
@@ -154,9 +156,7 @@ class Training:
         self._recorder.reference(weights.version)
 
     async def _move(self, reference: Keeper[Reference], weights: PublishedWeights) -> None:
-        await reference.call(
-            lambda reference: reference.update(weights), f"take version {weights.version}", essential=True
-        )
+        await reference.call(lambda reference: reference.update(weights), f"take version {weights.version}")
 
     async def judge(self) -> None:
         """Ask the critic about the prompts that may come next, before the gate opens for them."""
@@ -195,7 +195,7 @@ class Training:
             with self._recorder.span(f"copy {version}", "learner"):
                 writer, writing = await self._ask(copy, "save a checkpoint")
                 if self.moving is not None:
-                    files = _named(REFERENCE, await self.moving.call(save, "save a checkpoint", essential=True))
+                    files = _named(REFERENCE, await self.moving.call(save, "save a checkpoint"))
         except StorageError as error:
             self._give_up(version, error)
             return
@@ -256,12 +256,28 @@ class Training:
         if self.moving is not None and checkpoint is None:
             await self.save()  # or there would be nothing to bring a reference back from
 
-    async def reshape(self, config: Config) -> None:
-        """Go on with another number of ranks or ZeRO stage, from a checkpoint made for it."""
+    async def reshape(self) -> None:
+        """Go on with another number of ranks or ZeRO stage, from a checkpoint made for it.
+
+        Where the cluster has no room for it any more, with those that it had.
+        """
         await self.save()
         await self.saving()
-        self.config = config
+        if self.pending is None:  # somebody has thought better of it meanwhile
+            return
+        self._before, self.config, self.pending = self.config, self.pending, None
         await self.learner.renew()
+        self._before = None
+
+    async def _start_learner(self) -> Learner:
+        try:
+            return await self._spawn_learner(self.config)
+        except PlacementError as error:
+            if self._before is None:
+                raise
+            self.config, self._before = self._before, None
+            self._events.unplaced("learner", error)
+        return await self._spawn_learner(self.config)
 
     async def _catch_up(self, learner: Learner) -> None:
         """Bring a new learner to where the run stands, and the reference that follows it."""

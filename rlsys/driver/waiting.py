@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from rlsys.errors import RlsysError
+from rlsys.errors import EngineError, RlsysError
+
+STORE_TIMEOUT_S = 120.0
 
 T = TypeVar("T")
 
@@ -20,6 +22,12 @@ async def within(seconds: float, awaitable: Awaitable[T], error: RlsysError) -> 
         if not deadline.expired():
             raise
         raise error from None
+
+
+async def stored(call: Awaitable[T]) -> T:
+    """What the rollout store answers. Raises EngineError when it does not."""
+    late = EngineError(f"the rollout store did not answer in {STORE_TIMEOUT_S:g} s")
+    return await within(STORE_TIMEOUT_S, call, late)
 
 
 async def gathered(futures: Sequence[asyncio.Future[T]]) -> list[T]:

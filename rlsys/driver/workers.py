@@ -21,7 +21,7 @@ from rlsys.driver.leases import Leases
 from rlsys.driver.restarts import Restarts, W, bring_up, end, inspected
 from rlsys.driver.router import Router
 from rlsys.driver.waiting import give_up, within
-from rlsys.errors import EngineError, RlsysError, WorkerDied, WorkerStalled
+from rlsys.errors import EngineError, PlacementError, RlsysError, WorkerDied, WorkerStalled
 from rlsys.roles import ProcessReport
 
 J = TypeVar("J")
@@ -65,6 +65,7 @@ class WorkerEvents:
     lost: Callable[[Loss], None] = lambda loss: None
     reported: Callable[[Loss], None] = lambda loss: None
     start_failed: Callable[[str, RlsysError], None] = lambda worker, error: None
+    unplaced: Callable[[str, PlacementError], None] = lambda worker, error: None  # the run goes on without it
     joined: Callable[[str, bool], None] = lambda worker, again: None
     left: Callable[[str], None] = lambda worker: None
 
@@ -142,8 +143,13 @@ class WorkerPool(ABC, Generic[W, J, R]):
         return self._wanted <= self._healthy.keys()
 
     @property
+    def settled(self) -> bool:
+        """Whether they and nobody else are there."""
+        return self._wanted == self._healthy.keys()
+
+    @property
     def size(self) -> int:
-        """How many workers were asked for."""
+        """How many workers were asked for, but for those that there was no room for."""
         return len(self._wanted)
 
     @property
@@ -386,7 +392,11 @@ class WorkerPool(ABC, Generic[W, J, R]):
         self.options.events.changed()
 
     def _start_failed(self, name: str, error: RlsysError) -> None:
-        self.options.events.start_failed(name, error)
+        if isinstance(error, PlacementError) and len(self._wanted) > 1:
+            self._wanted.discard(name)  # to try again would only take time
+            self.options.events.unplaced(name, error)
+        else:
+            self.options.events.start_failed(name, error)
         self.options.events.changed()
 
     def _hopeless(self) -> str:

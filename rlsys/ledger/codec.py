@@ -63,6 +63,11 @@ FATE_SCHEMA = (
 _ROWS = b"rows"  # key of their number in the metadata of a file
 
 
+def as_json(value: Any) -> str:
+    """JSON, of NumPy's values, too. Raises TypeError for what JSON cannot hold."""
+    return json.dumps(value, default=_plain)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -114,7 +119,7 @@ def encode(groups: Sequence[ScoredGroup]) -> pa.Table:
         pa.array([r.origin for r in rollouts], pa.string()),
         pa.array([r.status for r in rewards], pa.string()),
         pa.array([r.score for r in rewards], pa.float64()),
-        pa.array([json.dumps(dict(r.components), default=_plain) for r in rewards], pa.string()),
+        pa.array([as_json(dict(r.components)) for r in rewards], pa.string()),
         pa.array([r.detail for r in rewards], pa.string()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
@@ -122,7 +127,7 @@ def encode(groups: Sequence[ScoredGroup]) -> pa.Table:
 
 def _metadata(prompt: Prompt) -> str:
     try:
-        return json.dumps(dict(prompt.metadata), default=_plain)
+        return as_json(dict(prompt.metadata))
     except TypeError as error:
         raise DataError(f"prompt {prompt.id}: metadata must be JSON values: {error}") from None
 
@@ -214,11 +219,11 @@ def write_rows(table: pa.Table, path: Path, synced: bool = False, **options: Any
                 sync(aside)
             aside.rename(path)
     except (OSError, pa.ArrowException) as error:
-        raise RlsysError(f"rollout store: {path} cannot be written: {error}") from error
+        raise RlsysError(f"{path} cannot be written: {error}") from error
 
 
 def read_rows(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows that `write_rows` wrote, of `SCHEMA` or `FATE_SCHEMA`; only some `columns` of it, if they are given.
+    """The rows that `write_rows` wrote, of the `schema` they had; only some `columns` of it, if they are given.
 
     Raises DataError when the file is damaged: there are checksums of its data, and what is beside them has to be as the
     schema says, and to say the same twice.

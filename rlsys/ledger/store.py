@@ -3,6 +3,7 @@
     RUN/rollouts/pending/000000017.parquet   buffered groups, until their fate is known
     RUN/rollouts/step-000012.parquet         what was trained at step 12, and dropped since the step before
     RUN/rollouts/after-000100.parquet        what was dropped after the last step of a process
+    RUN/rollouts/evaluations/step-000050.parquet   what held-out prompts were answered at step 50
 
 Files are written aside and renamed, so that a reader never sees half of one, and with checksums. Writes happen on a
 thread of their own. They raise DiskFullError.
@@ -25,8 +26,9 @@ import numpy as np
 import pyarrow as pa
 
 from rlsys.durable import writing
-from rlsys.errors import DataError, RlsysError
+from rlsys.errors import DataError, HandleLost, RlsysError
 from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, decode, encode, read_rows, reference_of, with_fates, write_rows
+from rlsys.ledger.evaluations import FOLDER, responses_of, write_evaluation
 from rlsys.roles import Handle, SampleRow, Scored, TrainItem
 from rlsys.types import ScoredGroup, group_info
 
@@ -40,6 +42,10 @@ _DICTIONARY = [
 
 # Buffered groups are soon read again or deleted.
 _FAST: dict[str, Any] = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+
+
+def _as_they_are(handles: Sequence[Any]) -> Sequence[Any]:
+    return handles
 
 
 async def _identity(value: Any) -> Any:
@@ -73,36 +79,39 @@ class Settled(NamedTuple):
 class RolloutStore:
     """`rlsys.roles.RolloutStore` in one process.
 
-    `fetch` opens a handle (of a ScoredGroup, or of its reference log-probs), `put` makes one (Ray: await the reference,
-    `ray.put`; in one process both hand the value on). A group stays in memory until it is settled, which the
-    staleness bound limits. Groups that are finished while a file is being written go into the next one together.
+    `fetch` opens handles (of a ScoredGroup, or of its reference log-probs) on the store's own thread, and gives a
+    HandleLost in the place of what is gone; `put` makes one (Ray: `ray.get`, `ray.put`; in one process both hand the
+    values on). A group stays in memory until it is settled, which the staleness bound limits. Groups that are finished
+    while a file is being written, or within `linger_s`, go into the next one together: a file costs as much as ten
+    groups do.
     """
 
     def __init__(
         self,
         directory: Path,
-        fetch: Callable[[Handle], Awaitable[Any]] = _identity,
+        fetch: Callable[[Sequence[Handle]], Sequence[Any]] = _as_they_are,
         put: Callable[[Any], Awaitable[Handle]] = _identity,
+        linger_s: float = 0.0,
     ) -> None:
         self.directory = directory
         self._fetch = fetch
         self._put = put
+        self._linger_s = linger_s
         self._pending_dir = directory / "pending"
         with writing(directory):
             self._pending_dir.mkdir(parents=True, exist_ok=True)
         self._numbers = itertools.count(1 + max((int(p.stem) for p in self._pending_files()), default=-1))
         self._pending: dict[str, _Pending] = {}
-        self._unwritten: list[tuple[ScoredGroup, asyncio.Future[None]]] = []
+        self._unwritten: list[tuple[Handle, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-store")
         self._last: tuple[int, pa.Table | None] = (-1, None)  # newest step and what it trained
         self._step = 0  # newest step settled by this process
 
     async def buffered(self, group: Handle) -> None:
-        """Return when the scored group is in a file, so that it outlives this process."""
-        scored = await self._fetch(group)
+        """Return when the scored group is in a file, so that it outlives this process. Raises HandleLost."""
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unwritten.append((scored, written))
+        self._unwritten.append((group, written))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_pending())
         await written
@@ -113,7 +122,7 @@ class RolloutStore:
         """Record the fate of buffered groups. A batch closes the file of `step`: it is trained, or has a `reference`
         (of None each, where there is none) although its step was skipped. Others wait for that."""
         handles = [handle for handle in reference if handle is not None]
-        arrays = await asyncio.gather(*map(self._fetch, handles))
+        arrays = await self._run(self._opened, handles) if handles else []
         for prompt_id, found in zip(prompt_ids, arrays, strict=False):  # all of them have reference log-probs, or none
             if prompt_id in self._pending:
                 self._pending[prompt_id].reference = found
@@ -173,9 +182,19 @@ class RolloutStore:
                 found[prompt_id] = Scored(group_info(scored.group, scored.rewards), await self._put(scored))
         return found
 
+    async def responses(self, group: Handle) -> list[dict[str, Any]]:
+        """What is kept of a scored group of an evaluation."""
+        [scored] = await self._run(self._opened, [group])
+        return responses_of(scored)
+
+    async def evaluated(self, step: int, responses: Sequence[Mapping[str, Any]]) -> None:
+        """Return when they are on disk, in place of those of an earlier evaluation at this step."""
+        await self._run(write_evaluation, step_file(self.directory / FOLDER, step), step, responses)
+
     async def roll_back(self, version: int) -> None:
-        """Take away the final files of what happened after the checkpoint of `version`."""
-        files = [path for path in self.directory.glob("*.parquet") if _is_after(path, version)]
+        """Take away the final files, and the evaluations, of what happened after the checkpoint of `version`."""
+        written = [*self.directory.glob("*.parquet"), *(self.directory / FOLDER).glob("*.parquet")]
+        files = [path for path in written if _is_after(path, version)]
         await self._run(_unlink, files)
         self._step = version
 
@@ -198,20 +217,39 @@ class RolloutStore:
     async def _write_pending(self) -> None:
         """Write whatever has been finished, until there is no more."""
         while self._unwritten:
+            if self._linger_s:
+                await asyncio.sleep(self._linger_s)
             groups, self._unwritten = self._unwritten, []
-            file = _File(self._next_path(), len(groups))
+            path = self._next_path()
             try:
-                tables = await self._run(_encode_and_write, [scored for scored, _ in groups], file.path)
+                tables = await self._run(self._fetch_and_write, [group for group, _ in groups], path)
             except Exception as error:  # whatever it is, it belongs to those who wait for the file
-                for _, written in groups:
-                    if not written.done():
-                        written.set_exception(error)
-                continue
-            for (scored, written), table in zip(groups, tables, strict=True):
-                self._pending[scored.prompt.id] = _Pending(table, file)
-                if not written.done():
+                tables = [error] * len(groups)
+            file = _File(path, sum(isinstance(table, pa.Table) for table in tables))
+            for (_, written), table in zip(groups, tables, strict=True):
+                if isinstance(table, pa.Table):
+                    self._pending[table.column("prompt_id")[0].as_py()] = _Pending(table, file)
+                if written.done():
+                    continue
+                if isinstance(table, Exception):
+                    written.set_exception(table)
+                else:
                     written.set_result(None)
         self._writing = None
+
+    def _fetch_and_write(self, handles: Sequence[Handle], path: Path) -> list[pa.Table | HandleLost]:
+        """One file of all groups; the rows of each, or why there are none."""
+        found = self._fetch(handles)
+        tables = iter(_encode_and_write([group for group in found if not isinstance(group, HandleLost)], path))
+        return [group if isinstance(group, HandleLost) else next(tables) for group in found]
+
+    def _opened(self, handles: Sequence[Handle]) -> Sequence[Any]:
+        """Raises HandleLost."""
+        found = self._fetch(handles)
+        for value in found:
+            if isinstance(value, HandleLost):
+                raise value
+        return found
 
     def _next_path(self) -> Path:
         return self._pending_dir / f"{next(self._numbers):09d}.parquet"
@@ -279,6 +317,8 @@ def _write_buffered(table: pa.Table, path: Path) -> None:
 
 def _encode_and_write(groups: Sequence[ScoredGroup], path: Path) -> list[pa.Table]:
     """One file of all groups; returns the rows of each."""
+    if not groups:
+        return []
     table = encode(groups)
     _write_buffered(table, path)
     starts = itertools.accumulate((len(group.rollouts) for group in groups), initial=0)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from rlsys.errors import DataError, RunDirError
 from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, read_rows
+from rlsys.ledger.evaluations import EVALUATION_SCHEMA, FOLDER
 from rlsys.ledger.ledger import CONSUMED, count_fates, ledger_error
 
 LEDGER_FILE = "ledger.sqlite"
@@ -146,13 +147,6 @@ def read_incidents(run_dir: Path, most: int) -> list[Event]:
         return _events(db.execute(query, (*ROUTINE, most)))
 
 
-def read_workers(run_dir: Path) -> set[str]:
-    """The names of all workers that have ever joined. Raises RunDirError, as `read_run` does."""
-    with _open(run_dir) as db:
-        query = "SELECT DISTINCT json_extract(detail, '$.worker') FROM events WHERE prompt_id IS NULL AND event = ?"
-        return {name for (name,) in db.execute(query, ("worker joined",))}
-
-
 def read_passages(run_dir: Path, first: int, last: int) -> list[Passage]:
     """All that happened to any prompt while those of the steps `first` to `last` were on their way, in order.
 
@@ -223,6 +217,31 @@ def read_story(run_dir: Path, prompt_id: str) -> PromptStory:
     for column in _JSON_COLUMNS:
         prompt[column] = json.loads(prompt[column]) if prompt[column] else []
     return PromptStory(prompt, events, _rollouts(run_dir / ROLLOUTS_DIR, prompt))
+
+
+def was_drawn(run_dir: Path, prompt_id: str) -> bool:
+    """Whether it is a prompt of training. Raises RunDirError, as `read_run` does."""
+    with _open(run_dir) as db:
+        return db.execute("SELECT 1 FROM prompts WHERE id = ?", (prompt_id,)).fetchone() is not None
+
+
+def evaluation_files(run_dir: Path) -> dict[int, Path]:
+    """The files with the responses of evaluations, by step, in rising order."""
+    files = (run_dir / ROLLOUTS_DIR / FOLDER).glob("step-*.parquet")
+    found = ((path.stem.partition("-")[2], path) for path in files)
+    return dict(sorted((int(step), path) for step, path in found if step.isdecimal()))
+
+
+def read_responses(run_dir: Path, prompt_id: str) -> list[dict[str, Any]]:
+    """The responses to a held-out prompt, one row each, in order of the evaluations; none where none are kept.
+
+    Raises DataError for a file that is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in evaluation_files(run_dir).values():
+        table = read_rows(path, EVALUATION_SCHEMA)
+        rows += table.filter(pc.equal(table.column("prompt_id"), prompt_id)).to_pylist()
+    return rows
 
 
 def _rollouts(directory: Path, prompt: dict[str, Any]) -> list[dict[str, Any]]:

@@ -202,6 +202,9 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("bound/learner", "share", "Time of the step in which the run waited for the learner."),
         ("wait/learner_for_rollouts_s", "s", "The learner had no batch."),
         ("wait/generators_for_learner_s", "s", "No training prompt was being sampled, since the gate was closed."),
+        ("scale/generators", "count", "Generators asked for, by the config, `rlsys scale` or driver.autoscale."),
+        ("scale/reward_workers", "count", "Reward workers that are asked for, likewise."),
+        ("scale/learner_ranks", "count", "Ranks of the learner."),
     ),
     *_panel(
         "weights",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlsys.placement.needs import Need
 from rlsys.placement.nodes import GIB, Node
@@ -37,6 +37,15 @@ class Placement:
                 if self.places.get(worker) == index:
                     room.take(0, need)
         return {n: a for n, a in room.free[0].items() if not n.startswith("node:") and n != "object_store_memory"}
+
+    def remaining(self) -> list[Node]:
+        """The nodes with what they have left when all of these are there."""
+        room = _Room(self.nodes)
+        for need in self.needs:
+            for worker in need.workers:
+                if worker in self.places:
+                    room.take(self.places[worker], need)
+        return [replace(node, free=free) for node, free in zip(self.nodes, room.free, strict=True)]
 
     def node(self, worker: str) -> Node | None:
         index = self.places.get(worker)
@@ -63,24 +72,30 @@ class _Room:
             self.free[index][name] -= amount
 
 
-def fit(needs: Sequence[Need], nodes: Sequence[Node]) -> Placement:
-    """Place every worker that can be placed, and say what is missing for the others."""
+def fit(needs: Sequence[Need], nodes: Sequence[Node], held: Mapping[str, int | None] | None = None) -> Placement:
+    """Place every worker that can be placed, and say what is missing for the others.
+
+    `held`: worker -> index of its node, for those that have a place already (None: nobody knows where). They are not
+    placed again, and what they take is not in their node's `free`.
+    """
     room, places, missing = _Room(nodes), dict[str, int](), list[str]()
+    held = held or {}
     order = sorted(needs, key=lambda n: (_ORDER.index(n.strategy), -n.resources.get("GPU", 0)))
     for need in order:
-        placed = _place(need, room)
-        places |= zip(need.workers, placed, strict=False)
-        if len(placed) < len(need.workers):
-            missing.append(_explain(need, len(placed), room))
+        wanted = [worker for worker in need.workers if worker not in held]
+        here = Counter(index for worker in need.workers if (index := held.get(worker)) is not None)
+        placed = _place(need, len(wanted), room, here)
+        places |= zip(wanted, placed, strict=False)
+        if len(placed) < len(wanted):
+            missing.append(_explain(need, len(wanted) - len(placed), room))
     return Placement(nodes, needs, places, missing)
 
 
-def _place(need: Need, room: _Room) -> list[int]:
-    """The nodes of as many workers as there is room for, in order."""
-    here: Counter[int] = Counter()
+def _place(need: Need, count: int, room: _Room, here: Counter[int]) -> list[int]:
+    """The nodes of as many more workers as there is room for, at most `count`, in order."""
     placed: list[int] = []
-    only = _one_node(need, room) if need.strategy == "strict_pack" else None
-    for _ in need.workers:
+    only = _one_node(need, room, here) if need.strategy == "strict_pack" else None
+    for _ in range(count):
         found = [i for i in range(len(room.nodes)) if room.holds(i, need) and (only is None or i == only)]
         if need.strategy == "strict_spread":
             found = [i for i in found if not here[i]]
@@ -93,9 +108,9 @@ def _place(need: Need, room: _Room) -> list[int]:
     return placed
 
 
-def _one_node(need: Need, room: _Room) -> int:
-    """The node with room for the most of them."""
-    return max(range(len(room.nodes)), key=lambda i: (room.holds(i, need), -i), default=-1)
+def _one_node(need: Need, room: _Room, here: Counter[int]) -> int:
+    """The node that they are on, else the one with room for the most of them."""
+    return max(range(len(room.nodes)), key=lambda i: (here[i], room.holds(i, need), -i), default=-1)
 
 
 def _cost(need: Need, room: _Room, here: Counter[int], index: int) -> tuple[float, ...]:
@@ -111,9 +126,9 @@ def _cost(need: Need, room: _Room, here: Counter[int], index: int) -> tuple[floa
 # ---- what is missing ----
 
 
-def _explain(need: Need, placed: int, room: _Room) -> str:
-    asked, short = len(need.workers), len(need.workers) - placed
-    what = f"{need.role}: {placed} of {asked} workers have a place; each takes {amounts(need.resources)}"
+def _explain(need: Need, short: int, room: _Room) -> str:
+    asked = len(need.workers)
+    what = f"{need.role}: {asked - short} of {asked} workers have a place; each takes {amounts(need.resources)}"
     return f"{what}{_where(need)}. {' '.join(_reasons(need, short, room))}"
 
 

@@ -1,9 +1,11 @@
-"""Log-probs of the reference policy, one group at a time."""
+"""Log-probs of the reference policy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from rlsys.errors import DataError
 from rlsys.models.loading import load_causal_lm, torch_dtype
 from rlsys.models.logprobs import PolicyModel
 from rlsys.reference.averaging import blend, check_alike
-from rlsys.types import Rollout, ScoredGroup
+from rlsys.types import ScoredGroup
 
 WEIGHTS = "reference.safetensors"
 
@@ -25,8 +27,7 @@ WEIGHTS = "reference.safetensors"
 class ReferenceServer:
     """A `transformers` model that does not train. A plain class; no Ray.
 
-    Groups are never scored together: a batch's composition changes the last bits of its results, and which groups
-    arrive at the same time is chance. `model_path` is used unless `reference.path` names another model;
+    `model_path` is used unless `reference.path` names another model;
     `reference.average_with` averages its weights with those of a second one. `update` takes the policy's weights in, as
     `reference.update` says; `version` is the newest of them, 0 before the first.
     """
@@ -95,42 +96,58 @@ class ReferenceServer:
                 tensor.copy_(self._average[name])
 
     @torch.no_grad()
-    def logprobs(self, group: ScoredGroup) -> tuple[np.ndarray, ...]:
-        """One float32 [T] array per rollout: natural logarithms at the sampling temperature, as the learner's are."""
-        prompt = group.prompt.token_ids
-        out: list[np.ndarray] = []
-        for rollouts in self._micro_batches(group):
-            responses = np.array([len(r.token_ids) for r in rollouts], dtype=np.int64)
-            ids = np.zeros((len(rollouts), len(prompt) + int(responses.max())), dtype=np.int64)
-            for row, rollout in zip(ids, rollouts, strict=True):
-                row[: len(prompt)] = prompt
-                row[len(prompt) : len(prompt) + len(rollout.token_ids)] = rollout.token_ids
-            logprobs, _ = self._model(
-                torch.from_numpy(ids).to(self._device),
-                torch.full((len(rollouts),), len(prompt), device=self._device),
-                torch.from_numpy(responses).to(self._device),
-                width=int(responses.max()),
-                chunk=self._chunk,
-                temperature=self._temperature,
-                entropy=False,
-                packing="padded",
-            )
-            out += [row[:length] for row, length in zip(logprobs.cpu().numpy(), responses, strict=True)]
-        return tuple(out)
+    def logprobs(self, groups: Sequence[ScoredGroup]) -> list[tuple[np.ndarray, ...]]:
+        """For each group, one float32 [T] array per rollout: natural logarithms at the sampling temperature, as the
+        learner's are.
 
-    def _micro_batches(self, group: ScoredGroup) -> Iterator[list[Rollout]]:
-        """Rollouts in order, as many at a time as fit in `reference.micro_batch_tokens`, padding included."""
-        held: list[Rollout] = []
-        longest = 0
-        for rollout in group.rollouts:
-            length = len(group.prompt.token_ids) + len(rollout.token_ids)
-            if held and (len(held) + 1) * max(longest, length) > self._budget:
+        Which rollouts are scored together, of whatever groups, changes the last bits of a result.
+        """
+        rows = [_Row(group.prompt.token_ids, rollout.token_ids) for group in groups for rollout in group.rollouts]
+        found: dict[int, np.ndarray] = {}
+        for batch in self._micro_batches(rows):
+            found |= zip(batch, self._forward([rows[i] for i in batch]), strict=True)
+        numbers = itertools.count()
+        return [tuple(found[next(numbers)] for _ in group.rollouts) for group in groups]
+
+    def _forward(self, rows: Sequence[_Row]) -> list[np.ndarray]:
+        """One pass, padded on the right."""
+        prompts = np.array([len(row.prompt) for row in rows], dtype=np.int64)
+        responses = np.array([len(row.response) for row in rows], dtype=np.int64)
+        ids = np.zeros((len(rows), max(row.length for row in rows)), dtype=np.int64)
+        for line, row in zip(ids, rows, strict=True):
+            line[: row.length] = np.concatenate([row.prompt, row.response])
+        logprobs, _ = self._model(
+            *(torch.from_numpy(array).to(self._device) for array in (ids, prompts, responses)),
+            width=int(responses.max()),
+            chunk=self._chunk,
+            temperature=self._temperature,
+            entropy=False,
+            packing="padded",
+        )
+        return [line[:length] for line, length in zip(logprobs.cpu().numpy(), responses, strict=True)]
+
+    def _micro_batches(self, rows: Sequence[_Row]) -> Iterator[list[int]]:
+        """Numbers of rows, longest first, as many at a time as fit in `reference.micro_batch_tokens`, padding
+        included."""
+        held: list[int] = []
+        for i in sorted(range(len(rows)), key=lambda i: -rows[i].length):
+            if held and (len(held) + 1) * rows[held[0]].length > self._budget:
                 yield held
-                held, longest = [], 0
-            held.append(rollout)
-            longest = max(longest, length)
+                held = []
+            held.append(i)
         if held:
             yield held
+
+
+class _Row(NamedTuple):
+    """A rollout after its prompt."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response)
 
 
 def _empty(path: str | Path) -> PolicyModel:

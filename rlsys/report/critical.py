@@ -1,9 +1,10 @@
 """Where the time of a step went: its critical path, and who waited for whom.
 
 A step lasts from the end of the one before to its own end. Its path is followed backwards from there: the gradient, and
-the batch before it; then, if the learner had to wait, the way of the group that it waited for (reference, reward,
-sampling) up to the weights that opened a place for it; if not, what the learner itself did in between. Every moment of
-the step is in one part of the path, so the parts add up to the step: making a part shorter makes the step shorter.
+the batch before it; then, if the learner had to wait, what the reference did, and the way of the group that was waited
+for (reward, sampling) up to the weights that opened a place for it; if not, what the learner itself did in between.
+Every moment of the step is in one part of the path, so the parts add up to the step: making a part shorter makes the
+step shorter.
 
 The times of prompts are the ledger's, those of the learner and of weights the timeline's.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlsys.errors import DataError, RunDirError
-from rlsys.ledger.story import Passage, read_passages, read_workers
+from rlsys.ledger.story import Passage, read_passages
 from rlsys.report.reading import number
 from rlsys.trackers.jsonl import METRICS, read_rows
 from rlsys.trackers.timeline import TIMELINE, read_events
@@ -35,8 +36,8 @@ STAGES: Mapping[str, str] = {
     "sampling": "generators",
     "reward": "rewarders",
     "disk": "driver",
-    "reference": "reference",  # with the writing to disk before it
-    "queue": "driver",  # complete, and not yet taken by the learner
+    "queue": "driver",  # complete, and not yet taken by the reference or the learner
+    "reference": "reference",
     "batch": "learner",  # collating, advantages
     "gradient": "learner",
     "publish": "learner",
@@ -126,15 +127,14 @@ def analyse(run_dir: Path, step: int | None = None) -> Analysis:
     chosen = known[-NEWEST:] if step is None else [step]
     passages = read_passages(run_dir, chosen[0], chosen[-1])
     figures = {int(row["step"]): row for row in read_rows(run_dir / METRICS)}
-    reference = "reference" in read_workers(run_dir)
-    walk = _Walk(spans, passages, "reference" if reference else "disk")
+    walk = _Walk(spans, passages)
     paths = [walk.path(i, taken[i], taken[i - 1].end if i - 1 in taken else None, figures.get(i, {})) for i in chosen]
     parts = [part for path_ in paths for part in path_.parts]
     ends = [taken[i].end for i in chosen]
     trained = {
         p.prompt_id for p in passages if p.event == "trained" and any(abs(p.at - end) < _CLOCKS_S for end in ends)
     }
-    roles = _roles(parts, spans, passages, reference) if parts else []
+    roles = _roles(parts, spans, passages) if parts else []
     return Analysis(paths, roles, [prompt for prompt in traced if prompt in trained])
 
 
@@ -153,11 +153,12 @@ def _spans(events: Iterable[Mapping[str, Any]]) -> tuple[list[Span], list[str]]:
 class _Walk:
     """From the end of a step back to the end of the one before."""
 
-    def __init__(self, spans: Sequence[Span], passages: Sequence[Passage], compared: str) -> None:
-        self._compared = compared  # what comes between a score and the buffer
+    def __init__(self, spans: Sequence[Span], passages: Sequence[Passage]) -> None:
         self._learner = [s for s in spans if s.lane == "learner" and not s.name.startswith("step ")]
         self._updates = [s for s in spans if s.lane.startswith("generator") and s.name.startswith("update to ")]
         self._published = {s.name.removeprefix("publish "): s for s in spans if s.name.startswith("publish ")}
+        self._compared = [s for s in spans if s.lane == "reference" and s.name.startswith("score ")]
+        self._compared_ends = [span.end for span in self._compared]
         self._update_ends = [span.end for span in self._updates]
         self._buffered = sorted((p for p in passages if p.event == "buffered"), key=lambda passage: passage.at)
         self._buffered_at = [passage.at for passage in self._buffered]
@@ -177,7 +178,8 @@ class _Walk:
         waited = number(figures.get("wait/learner_for_rollouts_s"))
         if waited is None:
             waited = span.start - (own[-1].end if own else before or span.start)
-        place = bisect_right(self._buffered_at, span.start + _CLOCKS_S) - 1
+        begun = self._reference(way, span.start) if waited > WAITED_S else span.start
+        place = self._newest_buffered(begun)
         if waited > WAITED_S and place >= 0:
             prompt = self._buffered[place].prompt_id
             self._prompt(way, prompt, self._buffered_at[place])
@@ -189,6 +191,22 @@ class _Walk:
         way.rest()
         return StepPath(step, way.parts[::-1], prompt)
 
+    def _reference(self, way: _Way, end: float) -> float:
+        """Back through what the reference did, for as long as a group waited for it; returns when that began."""
+        place = bisect_right(self._compared_ends, end + _CLOCKS_S) - 1
+        while place >= 0:
+            end = self._compared[place].start
+            way.back("queue", self._compared_ends[place])
+            way.back("reference", end, "reference")
+            place -= 1
+            newest = self._newest_buffered(end)
+            if place >= 0 and newest >= 0 and self._compared_ends[place] <= self._buffered_at[newest]:
+                break  # it was idle until that group came
+        return end
+
+    def _newest_buffered(self, until: float) -> int:
+        return bisect_right(self._buffered_at, until + _CLOCKS_S) - 1
+
     def _prompt(self, way: _Way, prompt_id: str, buffered: float) -> None:
         """The way of a prompt from its draw to the buffer: of its last attempt, where there were several."""
         at: dict[str, Passage] = {}
@@ -197,7 +215,7 @@ class _Walk:
                 at[passage.event] = passage
         way.back("queue", buffered, prompt_id)
         stages = (
-            (self._compared, ("scored",), self._compared),
+            ("disk", ("scored",), ""),
             ("reward", ("sampled", "branched"), at["scored"].worker if "scored" in at else ""),
             ("sampling", ("assigned",), at["sampled"].worker if "sampled" in at else ""),
             ("queue for a generator", ("drawn", "drawn again"), ""),
@@ -242,13 +260,13 @@ class _Way:
             self.back("other", self._floor)
 
 
-def _roles(parts: Sequence[Part], spans: Sequence[Span], passages: Sequence[Passage], reference: bool) -> list[Role]:
+def _roles(parts: Sequence[Part], spans: Sequence[Span], passages: Sequence[Passage]) -> list[Role]:
     """The learner, generators, reward workers and the reference; a generator that evaluates is at work."""
     work: dict[str, list[tuple[float, float]]] = {"learner": []}
     names = {span.lane for span in spans if span.lane.startswith("generator")}
     work |= {name: [] for name in sorted(names | {p.worker for p in passages if p.event in ("assigned", "scored")})}
     generators = [name for name in work if name.startswith("generator")]
-    if reference:
+    if any(span.lane == "reference" for span in spans):
         work["reference"] = []
     for span in spans:
         lanes = generators if span.lane == "evaluation" else [span.lane] if span.lane in work else []
@@ -268,8 +286,6 @@ def _roles(parts: Sequence[Part], spans: Sequence[Span], passages: Sequence[Pass
                 work[name].append(interval)
         elif passage.event == "scored":
             work[passage.worker].append(interval)
-        elif before.event == "scored" and reference:
-            work["reference"].append(interval)
     end = parts[-1].end
     for passage in since.values():  # still being sampled when the last of the steps ended
         if passage.event == "assigned" and passage.at < end:

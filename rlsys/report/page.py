@@ -10,7 +10,6 @@ import base64
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from rlsys.report import evaluations, samples
+from rlsys.report.browser import buttons, plain_held_out, plain_sample, together
 from rlsys.report.figures import Section, colour, every_metric, sections, template
 from rlsys.report.groups import Group, differences, group_runs, show
 from rlsys.report.reading import Run, number
-from rlsys.report.samples import KINDS, Sample
 
 _PAGE = Path(__file__).parent / "page"
 _NOTES = 30  # incidents that are shown of a run
@@ -60,15 +60,18 @@ def render(runs: Sequence[Run]) -> str:
         ],
         fates=_fates(ordered),
         incidents=[(run.label, len(run.incidents), _notes(run)) for run in ordered if run.incidents],
-        kinds=[(kind, title, sum(len(run.samples.kinds[kind]) for run in ordered)) for kind, title in KINDS.items()],
-        sampled=[(run.label, run.samples) for run in ordered],
+        kinds=buttons(samples.KINDS, [run.samples for run in ordered]),
+        held_out=buttons(evaluations.KINDS, [run.evaluations for run in ordered]),
+        most_evaluations=evaluations.MOST_EVALUATIONS,
+        sampled=[(run.label, run.samples, run.evaluations) for run in ordered],
         segments=any(sample.pieces for run in ordered for sample in run.samples.shown),
         data={
             "template": template(),
             "figures": _figures(parts),
             "metrics": metrics,
             "runs": [run.label for run in ordered],
-            **_samples(ordered),
+            "responses": together([run.samples for run in ordered], plain_sample),
+            "held_out": together([run.evaluations for run in ordered], plain_held_out),
         },
     )
 
@@ -146,38 +149,3 @@ def _notes(run: Run) -> list[tuple[str, str, str]]:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note.at))
         notes.append((at, note.event, line if len(line) <= 300 else f"{line[:300]} ..."))
     return notes[::-1]
-
-
-def _samples(runs: Sequence[Run]) -> dict[str, Any]:
-    """All samples of all runs, and of each kind their places: the runs take turns, so that each is seen."""
-    starts = [sum(len(run.samples.shown) for run in runs[:i]) for i in range(len(runs))]
-    kinds = {}
-    for kind in KINDS:
-        own = [[start + place for place in run.samples.kinds[kind]] for start, run in zip(starts, runs, strict=True)]
-        kinds[kind] = [place for place in chain.from_iterable(zip_longest(*own)) if place is not None]
-    samples = [_plain(sample, place) for place, run in enumerate(runs) for sample in run.samples.shown]
-    return {"samples": samples, "kinds": kinds}
-
-
-def _plain(sample: Sample, run: int) -> dict[str, Any]:
-    facts = [f"{sample.tokens} tokens", f"weights {sample.versions}" if sample.versions else "", sample.finish]
-    facts += [] if sample.origin == "policy" else [sample.origin]
-    facts += [f"{name} {value:.4g}" for name, value in sample.components.items()]
-    facts.append(sample.fate if sample.fate != "trained" else f"trained at step {sample.step}")
-    if sample.status != "ok":
-        facts.append(f"reward: {sample.status}" + (f" ({sample.detail})" if sample.detail else ""))
-    return {
-        "run": run,
-        "step": sample.step,
-        "id": sample.prompt_id,
-        "number": sample.number,
-        "prompt": sample.prompt,
-        "answer": sample.answer,
-        "text": sample.text,
-        "pieces": [list(piece) for piece in sample.pieces],
-        "score": sample.score,
-        "status": sample.status,
-        "group": list(sample.group),
-        "place": sample.place,
-        "facts": [fact for fact in facts if fact],
-    }

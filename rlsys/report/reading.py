@@ -15,6 +15,7 @@ from rlsys.config.identity import flatten
 from rlsys.config.source import read_yaml
 from rlsys.errors import ConfigError, RlsysError, RunDirError
 from rlsys.ledger.story import LEDGER_FILE, ROUTINE, Event, RunStory, read_lengths, read_run
+from rlsys.report.evaluations import Evaluations, read_evaluations
 from rlsys.report.samples import Samples, read_samples
 from rlsys.trackers.jsonl import EVALS, METRICS, SUMMARY
 
@@ -39,6 +40,7 @@ class Run:
     story: RunStory | None
     lengths: Mapping[int, Mapping[int, int]]  # step -> length in tokens -> responses
     samples: Samples
+    evaluations: Evaluations
     written: float | None  # when its figures were last written, seconds since 1970
     problems: Sequence[str]
 
@@ -120,9 +122,10 @@ def _read(path: Path) -> Run:
             problems.append(f"{error}; {unknown}")
     else:
         problems.append(f"{path / LEDGER_FILE} is missing: {unknown}")
-    samples = read_samples(path, problems)
+    samples, evaluations = read_samples(path, problems), read_evaluations(path, problems)
     return Run(
-        *(path, path.name, config, steps, evals, _summary(path / SUMMARY, problems), story, lengths, samples),
+        *(path, path.name, config, steps, evals, _summary(path / SUMMARY, problems), story, lengths),
+        *(samples, evaluations),
         written=(path / METRICS).stat().st_mtime if (path / METRICS).is_file() else None,
         problems=problems,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from rlsys.errors import RlsysError
 from rlsys.ledger.codec import FATE_SCHEMA, read_rows
 from rlsys.ledger.story import ROLLOUTS_DIR, steps_with_failed_rewards
+
+T = TypeVar("T")
 
 MOST_FILES = 200  # of each run; one file is one step
 MOST_OF_A_KIND = 40
@@ -47,10 +49,24 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A response. `group` are the scores of all rollouts of its prompt, in order (None: unscored), its own at `place`.
+class Response:
+    """`versions` says which weights sampled which tokens: `48[0:7]`. `score` is None where `status` is not "ok"."""
 
-    `versions` says which weights sampled which tokens: `48[0:7]`. `pieces` is empty without segments.
+    text: str
+    tokens: int
+    versions: str
+    finish: str
+    status: str
+    detail: str
+    score: float | None
+    components: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Response):
+    """A response of the rollout store. `pieces` is empty without segments.
+
+    `group` are the scores of all rollouts of its prompt, in order (None: unscored), its own at `place`.
     """
 
     step: int
@@ -58,16 +74,8 @@ class Sample:
     number: int
     prompt: str
     answer: str | None
-    text: str
     pieces: Sequence[Piece]
-    tokens: int
-    versions: str
-    finish: str
     origin: str
-    status: str
-    detail: str
-    score: float | None
-    components: Mapping[str, float]
     group: Sequence[float | None]
     place: int
     fate: str
@@ -104,13 +112,13 @@ class _Rows(NamedTuple):
 def read_samples(run_dir: Path, problems: list[str]) -> Samples:
     """Choose and read them; what cannot be read is told in `problems`."""
     files = sorted((run_dir / ROLLOUTS_DIR).glob("*.parquet"))
-    chosen = _spread(files, MOST_FILES)
+    chosen = spread(files, MOST_FILES)
     if len(chosen) < len(files):
         chosen = sorted({*chosen, *_with_failures(run_dir, files)})
     damaged: list[str] = []
     paths, tables = [], []
     for path in chosen:
-        with _noting(damaged):
+        with noting(damaged):
             tables.append(read_rows(path, FATE_SCHEMA, _LIGHT))
             paths.append(path)
     kinds = _choose(_rows(tables)) if any(table.num_rows for table in tables) else {}
@@ -122,21 +130,25 @@ def read_samples(run_dir: Path, problems: list[str]) -> Samples:
     shown: list[Sample] = []
     where: dict[tuple[int, int], int] = {}
     for file in sorted(wanted):
-        with _noting(damaged):
+        with noting(damaged):
             rows = sorted(wanted[file])
             table = read_rows(paths[file], FATE_SCHEMA, _SHOWN).take(pa.array(rows))
             found = [_sample(row, decode, tables[file]) for row in table.to_pylist()]
             where |= {(file, row): len(shown) + i for i, row in enumerate(rows)}
             shown += found
-    if damaged:
-        more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
-        problems += [f"{message}; its rollouts are left out{more}" for message in damaged[:3]]
+    problems += told(damaged, "its rollouts are left out")
     placed = {kind: [where[p] for p in kinds.get(kind, ()) if p in where] for kind in KINDS}
     return Samples(shown, placed, len(paths), len(files))
 
 
+def told(damaged: Sequence[str], what: str) -> list[str]:
+    """The first few messages, with `what` becomes of the file of each."""
+    more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
+    return [f"{message}; {what}{more}" for message in damaged[:3]]
+
+
 @contextmanager
-def _noting(messages: list[str]) -> Iterator[None]:
+def noting(messages: list[str]) -> Iterator[None]:
     """A file that cannot be read is noted, and the others are read."""
     try:
         yield
@@ -144,10 +156,10 @@ def _noting(messages: list[str]) -> Iterator[None]:
         messages.append(str(error))
 
 
-def _spread(items: Sequence[Path], most: int) -> list[Path]:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """The first, the last, and others evenly between them."""
-    if len(items) <= most:
-        return list(items)
+    if len(items) <= most or most < 2:
+        return list(items[: max(0, most)])
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
@@ -229,31 +241,38 @@ def _sample(row: Mapping[str, Any], decode: Callable[[list[int]], str] | None, l
         if prompt_id == row["prompt_id"]:
             place = len(group) if number == row["sample"] else place
             group.append(score if status == "ok" and score == score else None)
-    scored = row["reward_status"] == "ok" and row["score"] == row["score"]
-    try:
-        components = {str(name): float(value) for name, value in json.loads(row["components"]).items()}
-    except (ValueError, TypeError, AttributeError):
-        components = {}
     return Sample(
+        **response_fields(row, len(row["token_ids"])),
         step=row["step"],
         prompt_id=row["prompt_id"],
         number=row["sample"],
         prompt=shorten(row["prompt"]),
         answer=None if row["answer"] is None else shorten(row["answer"]),
-        text=shorten(row["text"]),
         pieces=_pieces(row["token_ids"], row["segments"], decode) if row["segments"] else (),
-        tokens=len(row["token_ids"]),
-        versions=" ".join(f"{s['version']}[{s['start']}:{s['end']}]" for s in row["version_spans"]),
-        finish=row["finish_reason"],
         origin=row["origin"],
-        status=row["reward_status"],
-        detail=shorten(row["reward_detail"] or "", 1000),
-        score=row["score"] if scored else None,
-        components={name: value for name, value in components.items() if math.isfinite(value)},
         group=group,
         place=place,
         fate=row["fate"],
     )
+
+
+def response_fields(row: Mapping[str, Any], tokens: int, most: int = MOST_CHARACTERS) -> dict[str, Any]:
+    """Those of `Response`, of a row of the rollout store or of an evaluation; `most` characters of its text."""
+    scored = row["reward_status"] == "ok" and math.isfinite(row["score"])
+    try:
+        components = {str(name): float(value) for name, value in json.loads(row["components"]).items()}
+    except (ValueError, TypeError, AttributeError):
+        components = {}
+    return {
+        "text": shorten(row["text"], most),
+        "tokens": tokens,
+        "versions": " ".join(f"{s['version']}[{s['start']}:{s['end']}]" for s in row["version_spans"]),
+        "finish": row["finish_reason"],
+        "status": row["reward_status"],
+        "detail": shorten(row["reward_detail"] or "", 1000),
+        "score": row["score"] if scored else None,
+        "components": {name: value for name, value in components.items() if math.isfinite(value)},
+    }
 
 
 def shorten(text: str, most: int = MOST_CHARACTERS) -> str:

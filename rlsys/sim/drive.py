@@ -184,6 +184,7 @@ class Simulation:
         self.references: list[SimReference] = []
         self.spawns = 0  # but for the first ones
         self.spawn_fails: Callable[[str], Exception | None] = lambda name: None
+        self.room: Callable[[Config], None] = lambda config: None  # raises where the cluster has none
         self._ready: dict[str, Mortal] = {}  # the first of each name, there from the start for tests to get at
 
         def make(name: str, number: int) -> Mortal:
@@ -229,6 +230,7 @@ class Simulation:
             spawn_rewarder=start,
             spawn_learner=lambda config: start("learner"),
             spawn_reference=(lambda: start("reference")) if with_reference else None,
+            check_room=lambda config: self.room(config),
         )
         self.ledger = ledger(run_dir / "ledger.sqlite")
         self.killed = False

@@ -264,10 +264,10 @@ class SimReference(Mortal):
         self.state = "initial"
         self.versions: list[int] = []  # that it has taken in
 
-    async def logprobs(self, group: Handle) -> Handle:
+    async def logprobs(self, groups: Sequence[Handle]) -> Sequence[Handle]:
         await self.living(pause(self._rng, self._timing.reference_s))
         level = -1 - random.Random(self.state).random()
-        return tuple(np.full(len(r.token_ids), level, np.float32) for r in group.rollouts)
+        return [tuple(np.full(len(r.token_ids), level, np.float32) for r in group.rollouts) for group in groups]
 
     async def update(self, weights: PublishedWeights) -> None:
         await self.living(pause(self._rng, self._timing.update_s))
@@ -391,6 +391,12 @@ class MemoryStore:
 
     async def load_buffered(self) -> Mapping[str, Scored]:
         return {i: Scored(group_info(g.group, g.rewards), g) for i, g in self.pending.items()}
+
+    async def responses(self, group: Handle) -> Sequence[Mapping[str, Any]]:
+        return []
+
+    async def evaluated(self, step: int, responses: Sequence[Mapping[str, Any]]) -> None:
+        pass
 
     async def roll_back(self, version: int) -> None:
         pass

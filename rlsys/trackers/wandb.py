@@ -4,6 +4,8 @@ Figures and evaluations against our own `step` (panels are grouped by what stand
 samples, the distribution of held-out scores, the resolved config, the commit it ran with, alerts, and the final model
 if that is asked for.
 
+A run that failed is one that failed in W&B, too, so that a sweep knows.
+
 The run id is kept in RUN/wandb/run-id, so a resumed run is the same run in W&B; the agent of a sweep gives it in
 WANDB_RUN_ID. W&B's history cannot be taken back: steps that a resumed run does again are there twice, the later ones
 being those that count. The key stays in the environment, from where W&B's own client takes it.
@@ -146,7 +148,7 @@ class WandbTracker:
             self._run.summary.update({"final": dict(summary)})
             if self._log_model:
                 self._keep_model()
-            self._run.finish()
+            self._run.finish(exit_code=1 if summary.get("failure") else 0)
         except (self._error, TimeoutError) as error:
             raise TrackerError(f"W&B did not take everything: {error}; `wandb sync` sends what is on disk") from error
 

@@ -102,7 +102,7 @@ async def test_one_that_joins_later_has_a_place_and_the_learner_can_be_resized(c
     ray.kill(actor)
     places.release("generator-1")
     await until_free("GPU", 2)
-    with pytest.raises(PlacementError, match=r"(?s)learner: 2 of 4 .*2 more GPUs are needed: of 8, 0 are left"):
+    with pytest.raises(PlacementError, match=r"(?s)learner: 6 of 8 .*2 more GPUs are needed: of 8, 0 are left"):
         await places.resize(replace(learner, workers=worker_names("learner", 8)))
     assert len(await places.resize(replace(learner, workers=worker_names("learner", 2)))) == 2
     await until_free("GPU", 4)
@@ -145,3 +145,67 @@ async def test_ray_selects_labels_as_the_plan_does(cluster: Cluster, selector: s
         assert await actor.node.remote() in right
         ray.kill(actor)
         places.release(worker)
+
+
+async def test_room_is_looked_for_before_anything_changes(cluster: Cluster) -> None:
+    """Of 8 GPUs the learner has 4 and a generator 2."""
+    learner, generator = need("learner", 4, "pack", CPU=1.0, GPU=1.0), need("generator", 1, GPU=2.0)
+    places = Places([learner, generator], timeout_s=0)
+    await places.reserve()
+    await until_free("GPU", 2)
+
+    def ranks(count: int, gpus: float = 1.0) -> Need:
+        return replace(learner, workers=worker_names("learner", count), resources={"CPU": 1.0, "GPU": gpus})
+
+    def generators(count: int) -> Need:
+        return replace(generator, workers=worker_names("generator", count), resources={"GPU": 0.5})
+
+    for fits in ([ranks(6)], [ranks(3, gpus=2.0)], [ranks(2)], [generators(2)], [generators(2), ranks(2)]):
+        places.check(fits)
+    for fits_not, said in (
+        ([ranks(7)], r"learner: 6 of 7 workers .*1 more GPUs are needed: of 8, 0 are left"),
+        ([ranks(4, gpus=2.0)], r"learner: 3 of 4 workers have a place; each takes 1 CPU, 2 GPUs"),
+        ([generators(3)], r"generator: 2 of 3 workers have a place; each takes 2 GPUs"),
+        ([ranks(5), generators(2)], r"learner: 4 of 5 workers"),
+        # what the learner gives back comes too late for them
+        ([ranks(2), generators(3)], r"generator: 2 of 3 workers"),
+    ):
+        with pytest.raises(PlacementError, match=rf"(?s)no room for that:.*{said}.*Its nodes:.* left of .* GPUs"):
+            places.check(fits_not)
+    waits = Places([learner, generator], timeout_s=900)
+    waits._groups = places._groups
+    waits.check([generators(3)])
+    with pytest.raises(PlacementError, match="learner: 6 of 7"):
+        waits.check([ranks(7)])
+    assert free("GPU") == 2, "nothing has changed"
+    assert len(await places.resize(ranks(3, gpus=2.0))) == 3, "with what the others give back"
+    await until_free("GPU", 0)
+    with pytest.raises(PlacementError, match="no room any more"):
+        await places.resize(ranks(4, gpus=2.0))
+    assert len(await places.resize(ranks(3, gpus=2.0))) == 3
+    for worker in ("generator-0", *worker_names("learner", 3)):
+        places.release(worker)
+    await until_free("GPU", 8)
+
+
+async def test_a_learner_on_one_node_moves_to_another_as_a_whole(cluster: Cluster) -> None:
+    learner = need("learner", 2, "strict_pack", CPU=1.0, GPU=1.0)
+
+    def left() -> list[float]:
+        return sorted(node.free.get("GPU", 0) for node in nodes_of_cluster() if node.total.get("GPU"))
+
+    places = Places([learner], timeout_s=0)
+    await places.reserve()
+    other = Places([need("generator", 1, GPU=1.0)], timeout_s=0)
+    await other.reserve()  # beside it, where the fit is tightest
+    await until_free("GPU", 5)
+    assert left() == [1, 4]
+    larger = replace(learner, workers=worker_names("learner", 4))
+    places.check([larger])
+    assert len(await places.resize(larger)) == 4
+    await until_free("GPU", 3)
+    assert left() == [0, 3]
+    for worker in larger.workers:
+        places.release(worker)
+    other.release("generator-0")
+    await until_free("GPU", 8)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rlsys.cli.supervise import FINAL
 from rlsys.config.loading import load_config
-from rlsys.errors import EngineError
+from rlsys.errors import DataError, EngineError, PlacementError, RlsysError
 from rlsys.metrics.catalog import DEFINITIONS
 from rlsys.segments.partitions.fixed_length import FixedLength
 from rlsys.segments.strategies.chain import Chain
@@ -187,6 +188,17 @@ def test_inspect_a_prompt_tells_its_whole_story(rlsys: Callable, run_dir: Path) 
     assert "0[0:" in done.out  # sampled by version 0, from its first token on
 
 
+def test_inspect_a_held_out_prompt_shows_its_responses(rlsys: Callable, run_dir: Path) -> None:
+    done = rlsys("inspect", run_dir)
+    assert f"Their responses: rlsys report {run_dir}" in done.out
+    done = rlsys("inspect", run_dir, "eval/2")
+    assert done.code == 0
+    assert "eval/2: held out" in done.out
+    rows = [line.split() for line in done.out.splitlines() if "xxx" in line]
+    assert [(row[0], row[2], row[3].partition("[")[0]) for row in rows] == [("0", "ok", "0"), ("3", "ok", "3")]
+    assert {row[1] for row in rows} <= {"0", "1"}
+
+
 def test_inspect_shows_the_values_of_segments(rlsys: Callable, tmp_path: Path) -> None:
     strategy = Chain(continuations=2)
     strategy.bind(FixedLength(tokens=8), 40)
@@ -234,6 +246,21 @@ def test_a_failure_that_is_nobodys_fault_exits_with_1(rlsys: Callable, monkeypat
     monkeypatch.setattr("rlsys.cli.algorithms.algorithms", fail)
     done = rlsys("algorithms")
     assert (done.code, done.err) == (1, "rlsys: EngineError: generator-1: out of memory\n")
+
+
+@pytest.mark.parametrize("error", [PlacementError("the cluster has no room"), DataError("row 7")])
+def test_what_the_user_can_mend_exits_with_2(
+    rlsys: Callable, monkeypatch: pytest.MonkeyPatch, error: RlsysError
+) -> None:
+    """A supervisor does not start it again."""
+
+    def fail(name: str | None, markdown: bool) -> None:
+        raise error
+
+    monkeypatch.setattr("rlsys.cli.algorithms.algorithms", fail)
+    done = rlsys("algorithms")
+    assert (done.code, done.err) == (2, f"rlsys: {error}\n")
+    assert done.code in FINAL
 
 
 def test_an_unforeseen_exception_is_not_dressed_up(rlsys: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from rlsys.cli.rundir import CONFIG, SUPERVISE_LOG, open_run_dir
 from rlsys.cli.supervise import Reached, Restarts, Supervisor, reached
 from rlsys.config.loading import load_config
+from rlsys.config.sizes import SIZES
 
 from .conftest import Done
 
@@ -109,6 +111,15 @@ def test_what_another_start_does_not_change_ends_it_at_once(run_dir: Path, code:
     assert starts(run_dir) == ["first"]
 
 
+def test_a_driver_that_died_is_started_again_with_the_sizes_that_it_had(run_dir: Path) -> None:
+    (run_dir / SIZES).write_text(json.dumps({"supervisor": "another", "sizes": {"rollout.generators": 9}}))
+    assert supervise(run_dir, "exit:1", "scale:2,scale:3,kill", "step:1,exit:1", "exit:0") == 0
+    resized = "again --rollout.generators 3"
+    assert starts(run_dir) == ["first", "again", resized, resized]
+    assert supervise(run_dir, "exit:0") == 0
+    assert starts(run_dir)[4:] == ["first"], "a command that is given anew has the sizes of its config"
+
+
 def test_what_a_driver_leaves_behind_is_ended(run_dir: Path) -> None:
     assert supervise(run_dir, "leave,kill", limit=0) == 128 + signal.SIGKILL
     pid = int((run_dir / "left").read_text())
@@ -199,6 +210,8 @@ def test_its_log_survives_a_start_from_nothing(tmp_path: Path) -> None:
     with open_run_dir(config) as run_dir:
         (run_dir / SUPERVISE_LOG).write_text("restarted\n")
         (run_dir / "ledger.sqlite").write_text("begun")
+        (run_dir / SIZES).write_text("{}")
     with open_run_dir(config):
         assert (run_dir / SUPERVISE_LOG).read_text() == "restarted\n"
+        assert (run_dir / SIZES).exists()
         assert not (run_dir / "ledger.sqlite").exists()

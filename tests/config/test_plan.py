@@ -137,6 +137,17 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
             r"trackers\.wandb\.log_model .* with run\.storage",
         ),
         (["--prompts.eval=null", "--eval.every=5"], {}, r"eval\.every is 5, but prompts\.eval is null"),
+        (
+            ["--driver.autoscale.generators=[2, 2]"],
+            {},
+            r"rollout\.generators \(1\) is not within driver\.autoscale\.generators \[2, 2\]",
+        ),
+        (
+            ["--driver.autoscale={reward_workers: [1, 3]}", "--rewards.workers=4"],
+            {},
+            r"rewards\.workers \(4\) is not within driver\.autoscale\.reward_workers \[1, 3\]",
+        ),
+        (["--driver.autoscale.generators=[1, 3]"], {}, r"autoscale\.generators goes up to 3, more than the 2 cores"),
     ],
 )
 def test_arithmetic_that_cannot_work(config: Any, overrides: list[str], facts: dict[str, int], message: str) -> None:

@@ -146,7 +146,9 @@ def test_a_run_that_fails_says_of_what(tmp_path: Path) -> None:
     made: list[Simulation] = []
     with pytest.raises(NonFiniteError):
         simulate(sim_config(eval={"before": False, "after": False}), tmp_path, act)
-    assert made[0].tracker.incidents == [("the run has failed", "NonFiniteError: learner step 0: a loss is not finite")]
+    why = "NonFiniteError: learner step 0: a loss is not finite"
+    assert made[0].tracker.incidents == [("the run has failed", why)]
+    assert [summary["failure"] for summary in made[0].tracker.summaries] == [why]
 
 
 def test_a_run_reports_to_the_tracker_and_the_ledger(tmp_path: Path) -> None:

@@ -202,10 +202,10 @@ def test_a_step_that_takes_too_long_is_tried_again(tmp_path: Path) -> None:
 
 def test_a_group_that_kills_the_reference_is_dropped_and_its_neighbours_are_not(tmp_path: Path) -> None:
     class Fragile(SimReference):
-        async def logprobs(self, group: Any) -> Any:
-            if group.prompt.id == "sim/4":
+        async def logprobs(self, groups: Any) -> Any:
+            if any(group.prompt.id == "sim/4" for group in groups):
                 self.kill("segmentation fault")
-            return await super().logprobs(group)
+            return await super().logprobs(groups)
 
     class Cursed(list[SimReference]):
         def append(self, reference: SimReference) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from rlsys.config.models import Sizes
-from rlsys.driver.control import SOCKET, ask, controlled
-from rlsys.errors import ConfigError, RunDirError
+from rlsys.config.models import Config, Sizes
+from rlsys.config.sizes import KEYS, SIZES
+from rlsys.driver.control import SOCKET, _answer, ask, controlled
+from rlsys.errors import ConfigError, PlacementError, RunDirError
 from rlsys.ledger.story import read_run
 from rlsys.sim.drive import Simulation, at, sim_config, simulate
 from rlsys.sim.roles import SimGenerator, Timing
@@ -130,8 +131,126 @@ def test_a_running_driver_is_asked_and_told_over_its_socket(tmp_path: Path) -> N
     assert (status["step"], status["steps"], status["started"]) == (0, 3, True)
     assert status["groups"] == {"open_slots": 0, "under_way": 8, "buffered": 0}
     assert sum(w["work"] for w in status["workers"] if w["name"].startswith("generator")) == 8
-    assert said == ["generators: 2 -> 3"]
+    assert said == ["rollout.generators: 2 -> 3"]
     assert summary["fates"]["trained"] == 12
     assert not (run_dir / SOCKET).exists()
     with pytest.raises(RunDirError, match="no run is going on there"):
         asyncio.run(ask(run_dir, {"ask": "status"}))
+
+
+# ---- no room -------------------------------------------------------------------------------------------------------
+
+FULL = PlacementError("the cluster has no room for that:\n  generator: 2 of 9 workers have a place")
+
+
+def events(run_dir: Path, event: str) -> list[Any]:
+    return [note.detail for note in read_run(run_dir).notes if note.event == event]
+
+
+def test_without_room_the_asker_is_told_and_nothing_changes(tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def full(config: Config) -> None:
+        asked.append((config.rollout.generators, config.rewards.workers, config.learner.ranks))
+        raise FULL
+
+    def act(simulation: Simulation) -> None:
+        simulation.room = full
+        at(3.0, lambda: answers.extend(_answer(simulation.driver, order(sizes)) for sizes in orders))
+
+    orders = [{"generators": 9}, {"reward_workers": 2, "learner_ranks": 2}, {"zero_stage": 2}]
+    answers: list[Any] = []
+    config = sim_config(steps=6, bound=0)
+    whole, _ = simulate(config, tmp_path / "whole")
+    simulation, summary = simulate(config, tmp_path / "full", act)
+    assert answers == [{"error": str(FULL)}] * 3
+    assert asked == [(9, 1, 1), (2, 2, 2), (2, 1, 1)]
+    assert simulation.spawns == 0
+    assert len(simulation.learners) == 1
+    assert simulation.learner.state == whole.learner.state
+    assert summary["fates"]["trained"] == 24
+    assert not (tmp_path / "full" / SIZES).exists()
+    assert not events(tmp_path / "full", "scaled")
+
+
+def order(sizes: dict[str, int]) -> bytes:
+    return json.dumps({"ask": "scale", "sizes": sizes}).encode()
+
+
+@pytest.mark.parametrize(("role", "kind"), [("generators", "generator"), ("reward_workers", "rewarder")])
+def test_a_worker_whose_place_is_taken_meanwhile_is_given_up(
+    tmp_path: Path, role: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def act(simulation: Simulation) -> None:
+        taken = {f"{kind}-2": [PlacementError("somebody was faster")]}
+        simulation.spawn_fails = lambda name: taken[name].pop() if taken.get(name) else None
+        scaled(3.0, **{role: 4})(simulation)
+        at(7.0, lambda: kept.append(sizes(tmp_path)))
+        scaled(8.0, **{role: 4})(simulation)
+
+    kept: list[dict[str, int]] = []
+    simulation, summary = simulate(sim_config(steps=12, bound=1), tmp_path, act)
+    assert summary["fates"]["trained"] == 48
+    key = KEYS[role]
+    before = {"generators": 2, "reward_workers": 1}[role]
+    assert [kept[0][key], sizes(tmp_path)[key]] == [3, 4]
+    assert [note["changes"] for note in events(tmp_path, "scaled")] == [[f"{key}: {before} -> 4"], [f"{key}: 3 -> 4"]]
+    assert events(tmp_path, "no room") == [{"worker": f"{kind}-2", "cause": "somebody was faster"}]
+    assert any("no room for" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert simulation.spawns == (4 - before) + 1, "it is not tried again before somebody asks"
+    assert not events(tmp_path, "start failed")
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_learner_whose_place_is_taken_meanwhile_goes_back_to_its_shape(tmp_path: Path, failures: int) -> None:
+    """The second failure: Ray has not freed yet what was given back."""
+
+    def act(simulation: Simulation) -> None:
+        taken = [PlacementError("somebody was faster")] * failures
+        simulation.spawn_fails = lambda name: taken.pop() if taken and name == "learner" else None
+        scaled(3.0, learner_ranks=2, zero_stage=1)(simulation)
+
+    config = sim_config(steps=8, bound=0)
+    whole, _ = simulate(config, tmp_path / "whole")
+    simulation, summary = simulate(config, tmp_path / "full", act)
+    assert simulation.learner.state == whole.learner.state
+    assert summary["fates"]["trained"] == 32
+    assert simulation.driver.training.config.learner == config.learner
+    assert {key: sizes(tmp_path / "full")[key] for key in ("learner.ranks", "learner.zero_stage")} == {
+        "learner.ranks": 1,
+        "learner.zero_stage": 0,
+    }
+    assert [note["worker"] for note in events(tmp_path / "full", "no room")] == ["learner"]
+
+
+def test_what_is_thought_better_of_before_the_next_step_is_not_done(tmp_path: Path) -> None:
+    def act(simulation: Simulation) -> None:
+        at(6.0, lambda: [simulation.driver.scale(Sizes(learner_ranks=ranks)) for ranks in (2, 1)])
+
+    simulation, _ = simulate(sim_config(steps=8, bound=0), tmp_path, act)
+    assert len(simulation.learners) == 1
+
+
+def sizes(run_dir: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((run_dir / SIZES).read_text())["sizes"]
+    return found
+
+
+def test_the_newest_sizes_are_kept_for_a_supervisor(tmp_path: Path) -> None:
+    def act(simulation: Simulation) -> None:
+        scaled(3.0, generators=3)(simulation)
+        scaled(6.0, reward_workers=2, learner_ranks=2)(simulation)
+
+    simulate(sim_config(steps=8), tmp_path, act)
+    assert sizes(tmp_path) == {
+        "rollout.generators": 3,
+        "rewards.workers": 2,
+        "learner.ranks": 2,
+        "learner.zero_stage": 0,
+    }
+
+
+async def test_a_run_that_is_starting_takes_no_sizes(tmp_path: Path) -> None:
+    simulation = Simulation(sim_config(steps=1), tmp_path)
+    assert "still starting" in _answer(simulation.driver, order({"generators": 3}))["error"]
+    await simulation.run()

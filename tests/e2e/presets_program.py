@@ -143,7 +143,7 @@ async def run(
                     base = drawing.sampling(prompt)
                     rounds.append([await sample(generator, branch, base) for branch in branches])
                 groups.append(await scored(strategy, rounds, worker.score))
-            logprobs = [reference.logprobs(group) for group in groups] if algorithm.needs.reference else None
+            logprobs = reference.logprobs(groups) if algorithm.needs.reference else None
             report = rank.step(groups, logprobs)
             assert report.version == first + step + 1
             logged = reduce(report.metrics)

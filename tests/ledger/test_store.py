@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.errors import DataError, DiskFullError, RlsysError
+from rlsys.errors import DataError, DiskFullError, HandleLost, RlsysError
 from rlsys.ledger.codec import FATE_SCHEMA, SCHEMA, decode, encode, read_rows, write_rows
 from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
@@ -153,6 +154,32 @@ async def test_settled_groups_move_to_the_file_of_their_step(tmp_path: Path) -> 
     assert {row["prompt_id"] for row in pq.read_table(tmp_path / "after-000001.parquet").to_pylist()} == {"p4"}
     with pytest.raises(RlsysError, match="p8 is settled, but was never buffered"):
         await store.settled(["p8"], "trained", 2)
+
+
+async def test_groups_that_come_soon_after_each_other_share_a_file(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path, linger_s=0.05)
+    first = asyncio.ensure_future(store.buffered(simple(0)))
+    await asyncio.sleep(0)  # it has come before the others
+    await asyncio.gather(first, *(store.buffered(simple(index)) for index in (1, 2)))
+    [file] = (tmp_path / "pending").glob("*.parquet")
+    assert list(await RolloutStore(tmp_path).load_buffered()) == ["p0", "p1", "p2"]
+    await store.settled(["p0", "p1", "p2"], "trained", 1)
+    assert not file.exists()
+    await store.close()
+
+
+async def test_what_is_lost_is_told_to_who_gave_it_alone(tmp_path: Path) -> None:
+    def fetch(handles: Sequence[Any]) -> list[Any]:
+        return [HandleLost("gone") if handle is None else handle for handle in handles]
+
+    store = RolloutStore(tmp_path, fetch)
+    found = await asyncio.gather(*map(store.buffered, (simple(0), None, simple(2))), return_exceptions=True)
+    assert [type(one) for one in found] == [type(None), HandleLost, type(None)]
+    with pytest.raises(HandleLost):
+        await store.buffered(None)
+    await store.settled(["p0", "p2"], "trained", 1)
+    assert not list((tmp_path / "pending").iterdir())
+    await store.close()
 
 
 async def test_a_later_process_finds_what_was_buffered(tmp_path: Path) -> None:

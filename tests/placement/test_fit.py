@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,38 @@ def test_a_description_that_is_wrong_is_named(tmp_path: Path, text: str, said: s
 def test_a_selector_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="no selector"):
         node("a", {"key": "b"}).has({"key": "in(a"})
+
+
+# ---- workers that have a place already ------------------------------------------------------------------------------
+
+
+@given(some_needs(), some_nodes, st.data())
+def test_places_made_one_after_the_other_are_places(needs: list[Need], there: list[Node], data: st.DataObject) -> None:
+    """Some workers of every role first, then the others: nothing is taken twice, and strategies hold for all."""
+    parts = {asked.role: data.draw(st.integers(0, len(asked.workers))) for asked in needs}
+    first = fit([replace(asked, workers=asked.workers[: parts[asked.role]]) for asked in needs], there)
+    rest = fit(needs, first.remaining(), first.places)
+    assert not rest.places.keys() & first.places.keys()
+    whole = {**first.places, **rest.places}
+    check(Placement(there, needs, whole, rest.missing))
+
+
+def test_who_joins_keeps_the_strategy_of_those_who_are_there() -> None:
+    there = nodes(2, CPU=4.0)
+
+    def joins(strategy: Strategy, **free: float) -> Placement:
+        left = [replace(n, free={"CPU": free[n.name.replace("-", "_")]}) for n in there]
+        return fit([need("learner", 2, strategy, CPU=2.0)], left, {"learner-0": 0})
+
+    assert joins("spread", node_0=2.0, node_1=4.0).places == {"learner-1": 1}
+    assert joins("spread", node_0=2.0, node_1=0.0).places == {"learner-1": 0}
+    assert joins("pack", node_0=2.0, node_1=4.0).places == {"learner-1": 0}
+    assert joins("pack", node_0=0.0, node_1=4.0).places == {"learner-1": 1}
+    assert joins("strict_pack", node_0=2.0, node_1=4.0).places == {"learner-1": 0}
+    assert "1 of 2 workers have a place" in joins("strict_pack", node_0=0.0, node_1=4.0).missing[0]
+    assert "1 of 2 workers have a place" in joins("strict_spread", node_0=2.0, node_1=0.0).missing[0]
+
+
+def test_one_whose_node_nobody_knows_is_not_placed_again() -> None:
+    placement = fit([need("generator", 2, CPU=2.0)], nodes(1, CPU=2.0), {"generator-0": None})
+    assert placement.places == {"generator-1": 0}

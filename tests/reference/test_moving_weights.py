@@ -63,7 +63,7 @@ def saved(path: Path, change: Callable[[Tensor], Tensor], to: Path) -> Path:
 
 
 def scores(server: ReferenceServer) -> np.ndarray:
-    return server.logprobs(group())[0]
+    return server.logprobs([group()])[0][0]
 
 
 def scores_of(path: Path, change: Callable[[Tensor], Tensor], to: Path) -> np.ndarray:
@@ -189,7 +189,7 @@ async def test_over_ray(tiny_model: Path, tmp_path: Path) -> None:
         weights = PublishedWeights(6, manifest, ray.put(payload), Probe((1, 2), (-0.5,)))
         await reference.update(weights)
         scored = group()
-        [found] = await (await reference.logprobs(ray.put(scored)))
+        [found] = await (await reference.logprobs([ray.put(scored)]))[0]
         np.testing.assert_array_equal(found, scores_of(tiny_model, lambda w: 0.7 * w, tmp_path / "policy"))
         damaged = PublishedWeights(7, {**manifest, "checksum": "xxh3_64:0"}, weights.payload, weights.probe)
         with pytest.raises(WeightUpdateError, match="checksum"):
@@ -197,7 +197,7 @@ async def test_over_ray(tiny_model: Path, tmp_path: Path) -> None:
         saved_to = await _saved(reference, tmp_path / "after")
         await reference.load(tmp_path / "before")
         assert await reference.load(saved_to) == 6
-        [found_again] = await (await reference.logprobs(ray.put(scored)))
+        [found_again] = await (await reference.logprobs([ray.put(scored)]))[0]
         np.testing.assert_array_equal(found_again, found)
         with pytest.raises(DataError, match="does not load"):
             await reference.load(tmp_path)

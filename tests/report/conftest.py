@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import yaml
 
 from rlsys.config.loading import dump_config
 from rlsys.ledger.codec import FATE_SCHEMA, read_rows, write_rows
+from rlsys.ledger.evaluations import write_evaluation
 from rlsys.sim.drive import Simulation, sim_config, simulate
 from rlsys.trackers.fanout import Trackers
 from rlsys.trackers.jsonl import JsonlTracker
@@ -77,12 +78,42 @@ def rewrite() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
+def answered() -> Callable[..., None]:
+    """`answered(run, {0: {"a": [0.0, None]}, 50: {"a": [1.0, 1.0]}})` writes evaluations by hand: prompt a was answered
+    twice at each, and one of the rewards timed out. `columns` are of all rows."""
+
+    def write(run_dir: Path, scores: Mapping[int, Mapping[str, Sequence[float | None]]], **columns: Any) -> None:
+        for step, prompts in scores.items():
+            rows = [
+                {
+                    **{"prompt_id": name, "task": "sums", "prompt": f"{name}?", "answer": "42", "sample": sample},
+                    **{"text": f"{name} at {step}, #{sample}", "tokens": 7, "finish_reason": "stop"},
+                    **{"version_spans": [{"version": step, "start": 0, "end": 7}], "components": "{}"},
+                    "reward_status": "timeout" if score is None else "ok",
+                    "reward_detail": "no answer" if score is None else "",
+                    "score": float("nan") if score is None else score,
+                    **columns,
+                }
+                for name, of_prompt in prompts.items()
+                for sample, score in enumerate(of_prompt)
+            ]
+            write_evaluation(run_dir / "rollouts" / "evaluations" / f"step-{step:06d}.parquet", step, rows)
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def hostile() -> str:
     return HOSTILE
 
 
 @pytest.fixture(scope="session")
-def hostile_run(make_run: MakeRun, rewrite: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile_run(
+    make_run: MakeRun,
+    rewrite: Callable[..., None],
+    answered: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Whatever can be text in it is an attack on who reads it; some rewards have failed."""
     folder = tmp_path_factory.mktemp("hostile") / HOSTILE.replace("/", "\u2215")
     run = make_run(folder, steps=3, options={"timeout_rate": 0.4}, rollout={"max_new_tokens": 16})
@@ -91,6 +122,8 @@ def hostile_run(make_run: MakeRun, rewrite: Callable[..., None], tmp_path_factor
     (run / "config.yaml").write_text(yaml.safe_dump({**config, HOSTILE: HOSTILE}))
     texts = ("prompt", "answer", "text", "reward_detail")
     rewrite(run, 1, **{name: lambda row: HOSTILE for name in texts}, components=lambda row: json.dumps({HOSTILE: 1.0}))
+    attack = dict.fromkeys(texts, HOSTILE) | {"components": json.dumps({HOSTILE: 1.0})}
+    answered(run, {0: {HOSTILE: [0.0]}, 2: {HOSTILE: [1.0, None]}, 3: {HOSTILE: [0.5]}}, **attack)
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) | {HOSTILE: 1.0} for line in metrics.read_text().splitlines()]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + HOSTILE + "\n")

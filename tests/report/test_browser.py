@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,21 @@ from rlsys.segments.strategies.chain import Chain
 
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, which notes what it logs and what it fetches."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("there is no Chromium here: Debian's packages chromium and chromium-driver have it")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is a dependency for development")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    started.set_window_size(1280, 900)
-    yield started
-    started.quit()
+# Mean scores of held-out prompts at the steps 0, 10, 20 and 30.
+HELD_OUT = {
+    "steady": (0.5, 0.5, 0.5, 0.5),
+    "learned": (0.0, 0.25, 1.0, 1.0),
+    "forgotten": (0.75, 0.75, 0.75, 0.0),
+    "there and back": (0.25, 0.75, 0.25, 0.25),
+}
 
 
 @pytest.fixture(scope="module")
-def report(make_run: Callable, hostile_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds of one config, a run with segments, and one that attacks its readers."""
+def report(make_run: Callable, answered: Callable, hostile_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of one config, a run with segments, and one that attacks its readers.
+
+    The evaluations of the first seed are made by hand; the second and the third have none.
+    """
     folder = tmp_path_factory.mktemp("report")
     strategy = Chain(continuations=2)
     strategy.bind(FixedLength(tokens=8), 40)
@@ -47,6 +40,9 @@ def report(make_run: Callable, hostile_run: Path, tmp_path_factory: pytest.TempP
         make_run(folder / "segments", steps=2, rollout={"max_new_tokens": 40}, options={"strategy": strategy}),
         hostile_run,
     ]
+    for run in runs[:3]:
+        shutil.rmtree(run / "rollouts" / "evaluations")
+    answered(runs[0], {10 * i: {name: [score[i]] for name, score in HELD_OUT.items()} for i in range(4)})
     path = folder / "report.html"
     path.write_text(render(read_runs(runs)), encoding="utf-8")
     return path
@@ -108,7 +104,7 @@ def test_nothing_fails_and_nothing_is_fetched(page: Any, report: Path) -> None:
 
 
 def test_what_a_run_says_is_not_run(page: Any, hostile: str) -> None:
-    for kind in ("typical", "failed", "dropped", "cut"):
+    for kind in ("typical", "failed", "dropped", "cut", "changed", "held_out"):
         page.execute_script("document.querySelector(`[data-kind=${arguments[0]}]`).click()", kind)
         assert page.execute_script("return document.querySelectorAll('img').length") == 0
     page.execute_script(
@@ -196,7 +192,11 @@ def test_a_phone_shows_it_without_scrolling_sideways(page: Any) -> None:
         page.refresh()
         scroll_through(page)
         assert page.execute_script("return innerWidth") == 390
-        assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+        for kind in ("best", "held_out"):
+            page.execute_script("document.querySelector(`[data-kind=${arguments[0]}]`).click()", kind)
+            choose(page, "which", "all")
+            assert cards(page)
+            assert page.execute_script("return document.documentElement.scrollWidth") <= 390
         widths = page.execute_script(
             "return [...document.querySelectorAll('.plot .main-svg')].map((plot) => plot.getBoundingClientRect().right)"
         )
@@ -204,3 +204,72 @@ def test_a_phone_shows_it_without_scrolling_sideways(page: Any) -> None:
         assert max(widths) <= 390
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def compared(page: Any) -> dict[str, dict[str, Any]]:
+    """What is shown of held-out prompts, by their ids: the scores, and the text at each of the steps that are shown."""
+    shown = page.execute_script(
+        """return [...document.querySelectorAll(".compared")].map((card) => [
+            card.querySelector("header b").textContent, {
+            score: card.querySelector(".score").textContent,
+            all: [...card.querySelectorAll(".group span")].map((chip) => chip.textContent),
+            own: [...card.querySelectorAll(".group .own")].map((chip) => chip.textContent),
+            texts: Object.fromEntries([...card.querySelectorAll(".evaluation")].map((one) => [
+                one.querySelector("header b").textContent, one.querySelector(".text").textContent])),
+        }]);"""
+    )
+    return dict(shown)
+
+
+def choose(page: Any, field: str, value: str) -> dict[str, dict[str, Any]]:
+    page.execute_script(
+        """const field = document.getElementById(arguments[0]);
+        field.value = arguments[1];
+        field.dispatchEvent(new Event("input"));""",
+        *(field, value),
+    )
+    return compared(page)
+
+
+def test_what_changed_between_evaluations(page: Any) -> None:
+    def click(kind: str) -> dict[str, dict[str, Any]]:
+        page.execute_script("document.querySelector(`[data-kind=${arguments[0]}]`).click()", kind)
+        return compared(page)
+
+    click("changed")
+    changed = choose(page, "run", "0")
+    assert list(changed) == ["learned", "forgotten", "there and back"]
+    assert changed["learned"]["score"] == "score 0 → 1"
+    assert changed["learned"]["texts"] == {"step 0": "learned at 0, #0", "step 20": "learned at 20, #0"}
+    assert changed["learned"]["all"] == ["step 0: 0", "step 10: 0.25", "step 20: 1", "step 30: 1"]
+    assert changed["learned"]["own"] == ["step 0: 0", "step 20: 1"]
+    assert changed["forgotten"]["score"] == "score 0.75 → 0"
+    assert list(changed["forgotten"]["texts"]) == ["step 0", "step 30"]
+
+    assert list(click("learned")) == ["learned", "there and back"]
+    assert compared(page)["there and back"]["score"] == "score 0.25 → 0.75"
+    assert list(click("forgotten")) == ["forgotten", "there and back"]
+    assert compared(page)["there and back"]["score"] == "score 0.75 → 0.25"
+
+    click("held_out")
+    assert choose(page, "which", "ends")["there and back"]["score"] == "score 0.25 → 0.25"
+    assert list(choose(page, "which", "all")["steady"]["texts"]) == ["step 0", "step 10", "step 20", "step 30"]
+    assert list(choose(page, "order", "low")) == ["forgotten", "there and back", "steady", "learned"]
+    assert list(choose(page, "order", "high")) == ["learned", "steady", "there and back", "forgotten"]
+    assert list(choose(page, "order", "id")) == ["forgotten", "learned", "steady", "there and back"]
+    assert list(choose(page, "text", "LEARNED AT 10")) == ["learned"]
+    assert choose(page, "text", "nowhere") == {}
+    assert page.execute_script("return document.getElementById('count').textContent") == "There is no such prompt."
+    assert [entry["message"] for entry in page.get_log("browser")] == []
+
+
+def test_only_what_is_of_use_can_be_set(page: Any) -> None:
+    def fields(kind: str) -> set[str]:
+        page.execute_script("document.querySelector(`[data-kind=${arguments[0]}]`).click()", kind)
+        shown = (
+            "return [...document.querySelectorAll('#responses select, #responses input')].filter((f) => f.offsetParent)"
+        )
+        return set(page.execute_script(f"{shown}.map((field) => field.id)"))
+
+    assert fields("best") == {"run", "from", "to", "text"}
+    assert fields("changed") == {"run", "which", "order", "text"}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlsys.report import figures
+from rlsys.report.evaluations import Evaluations
 from rlsys.report.figures import curve, every_metric, of, sections, share
 from rlsys.report.groups import Group
 from rlsys.report.reading import Run
@@ -24,7 +25,7 @@ def rows(*values: float | None, name: str = "a") -> list[dict[str, Any]]:
 def run(
     label: str, steps: list[dict[str, Any]], lengths: Mapping[int, Mapping[int, int]] = MappingProxyType({})
 ) -> Run:
-    return Run(Path(label), label, {}, steps, [], None, None, lengths, Samples(), None, [])
+    return Run(Path(label), label, {}, steps, [], None, None, lengths, Samples(), Evaluations(), None, [])
 
 
 def test_a_band_reaches_from_the_lowest_to_the_highest_run() -> None:

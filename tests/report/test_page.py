@@ -35,10 +35,14 @@ def test_what_a_run_says_is_escaped_everywhere(page: str) -> None:
 def test_the_data_is_as_it_was(page: str, hostile: str) -> None:
     [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     data = json.loads(text)
-    assert hostile in [sample["text"] for sample in data["samples"]]
+    assert hostile in [sample["text"] for sample in data["responses"]["shown"]]
+    [prompt] = data["held_out"]["shown"]
+    assert {prompt["id"], prompt["prompt"], prompt["answer"]} == {hostile}
+    assert {found["text"] for one in prompt["evaluations"] for found in one["responses"]} == {hostile}
     assert hostile in data["metrics"]
-    places = [place for places in data["kinds"].values() for place in places]
-    assert set(places) == set(range(len(data["samples"])))
+    for part in (data["responses"], data["held_out"]):
+        places = [place for places in part["kinds"].values() for place in places]
+        assert set(places) == set(range(len(part["shown"])))
 
 
 def test_only_the_two_scripts_of_the_page_may_run(page: str) -> None:
@@ -70,5 +74,6 @@ def test_runs_take_turns_among_the_responses(make_run: Callable, tmp_path: Path)
     page = render(read_runs([make_run(tmp_path / str(seed), seed=seed, steps=1) for seed in range(3)]))
     [text] = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
     data = json.loads(text)
-    assert [data["samples"][place]["run"] for place in data["kinds"]["best"][:6]] == [0, 1, 2, 0, 1, 2]
+    for part, kind in (("responses", "best"), ("held_out", "held_out")):
+        assert [data[part]["shown"][place]["run"] for place in data[part]["kinds"][kind][:6]] == [0, 1, 2, 0, 1, 2]
     assert "3 runs that differ in run.seed 0, 1, 2" in page

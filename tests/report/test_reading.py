@@ -13,6 +13,8 @@ from rlsys.report.page import render
 from rlsys.report.reading import read_runs
 from rlsys.report.samples import KINDS
 
+RESPONSES = ("rollouts/step-000002.parquet", "rollouts/evaluations/step-000002.parquet")
+
 
 @pytest.fixture(scope="module")
 def whole(make_run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,6 +35,7 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert run.fates == {"trained": 16, "dropped": {}, "pending": 0}
     assert {step: sum(counts.values()) for step, counts in run.lengths.items()} == dict.fromkeys((1, 2, 3, 4), 8)
     assert (run.samples.read, run.samples.files) == (4, 4)
+    assert (run.evaluations.read, run.evaluations.files, len(run.evaluations.shown)) == (3, 3, 3)
 
 
 def test_a_run_that_is_going_on(run_dir: Path) -> None:
@@ -65,7 +68,7 @@ def broken(path: Path) -> None:
 @pytest.mark.parametrize("damage", [Path.unlink, broken], ids=["missing", "damaged"])
 @pytest.mark.parametrize(
     "name",
-    ["config.yaml", "metrics.jsonl", "evals.jsonl", "summary.json", "ledger.sqlite", "rollouts/step-000002.parquet"],
+    ["config.yaml", "metrics.jsonl", "evals.jsonl", "summary.json", "ledger.sqlite", *RESPONSES],
 )
 def test_what_is_missing_or_damaged_is_named_and_the_rest_is_shown(
     run_dir: Path, name: str, damage: Callable[[Path], None]
@@ -76,13 +79,14 @@ def test_what_is_missing_or_damaged_is_named_and_the_rest_is_shown(
         damage(run_dir / name)
     [run] = read_runs([run_dir])
     # what a run has only later, or not at all, is not missed
-    quiet = damage is Path.unlink and name in ("evals.jsonl", "summary.json", "rollouts/step-000002.parquet")
+    quiet = damage is Path.unlink and name in ("evals.jsonl", "summary.json", *RESPONSES)
     assert [str(run_dir / name) in problem for problem in run.problems] == ([] if quiet else [True])
     page = render([run])
     assert ("Missing or damaged" in page) == (not quiet)
     assert "Tokens generated" in page or name == "metrics.jsonl"
     assert "drawn" in page or name == "ledger.sqlite"
     assert run.samples.shown
+    assert len(run.evaluations.shown) == 3
 
 
 def test_nothing_is_left_in_the_run_directory(run_dir: Path) -> None:

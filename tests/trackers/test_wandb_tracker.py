@@ -39,7 +39,7 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An offline run of two steps with a key in the environment, then resumed for a third."""
+    """An offline run of two steps, which fails, with a key in the environment, then resumed for a third."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", SECRET)
@@ -66,7 +66,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 model = directory / "checkpoints" / f"step-{step:06d}" / "learner" / "hf"
                 model.mkdir(parents=True, exist_ok=True)
                 (model / "config.json").write_text(json.dumps({"step": step}))
-            tracker.finish({"steps": steps[-1]})
+            tracker.finish({"steps": steps[-1], "failure": None if last else "WorkerDied: reference died"})
         wandb.teardown()  # its service closes the file a little later than a run is finished
         yield directory
         patch.delenv("WANDB_DATA_DIR")
@@ -98,7 +98,8 @@ def test_config_name_and_exit(segments: list[list[dict[str, Any]]]) -> None:
         assert CONFIG.items() <= run["config"]["update"].items()
         assert (run["display_name"], run["project"], run["tags"]) == ("n", "p", ["t"])
         assert (run["run_group"], run["job_type"]) == ("g", "seed")
-        assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [0]
+    exits = [[record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] for segment in segments]
+    assert exits == [[1], [0]], "the first one failed"
 
 
 def test_a_resumed_run_is_the_same_run(run_directory: Path, segments: list[list[dict[str, Any]]]) -> None:
@@ -228,3 +229,61 @@ def test_a_wrong_key_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.M
         wandb.teardown()
     [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert [row["a"] for row in history(records(file))] == [1.0]
+
+
+class Accepting(BaseHTTPRequestHandler):
+    """Takes a run as W&B does, until it is `gone`: then it answers nobody any more."""
+
+    protocol_version = "HTTP/1.1"
+    gone: threading.Event
+    files: list[str]  # of which lines have been taken
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        if self.gone.is_set():
+            self.close_connection = True
+            return
+        data: dict[str, Any] = {}
+        if "upsertBucket" in asked.get("query", ""):
+            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+            bucket = {"id": "1", "name": asked["variables"]["name"], "displayName": "n", "project": project}
+            data = {"upsertBucket": {"bucket": {**bucket, "config": "{}"}, "inserted": True}}
+        elif self.path.endswith("file_stream"):
+            self.files += asked.get("files", {})
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_in_mid_run_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged goes to disk as before, and the end says how to send it later."""
+    handler = type("Handler", (Accepting,), {"gone": threading.Event(), "files": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    wandb.teardown()
+    try:
+        tracker = WandbTracker(tmp_path, name="n", project="p", mode="online", config={}, deadline_s=5)
+        assert tracker.warning is None
+        handler.gone.set()
+        for step in range(1, 6):
+            tracker.log_step(step, {"a": float(step)})
+        with pytest.raises(TrackerError, match="`wandb sync` sends what is on disk"):
+            tracker.finish({})
+    finally:
+        server.shutdown()
+        wandb.teardown()
+    assert "wandb-history.jsonl" not in handler.files
+    [file] = tmp_path.glob("wandb/run-*/run-*.wandb")
+    assert [row["a"] for row in history(records(file))] == [1.0, 2.0, 3.0, 4.0, 5.0]
