@@ -16,6 +16,7 @@ from rlsys.algorithms.compose import Algorithm
 from rlsys.algorithms.rollout import bound_strategy
 from rlsys.config.models import Config
 from rlsys.driver.loop import Driver
+from rlsys.durable import Files
 from rlsys.errors import ConfigError, RlsysError
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
@@ -40,6 +41,7 @@ from rlsys.rollouts.engine import VllmGenerator
 from rlsys.segments import Strategy, scored
 from rlsys.sim.drive import RecordingTracker
 from rlsys.sim.roles import MemoryStore
+from rlsys.storage import Place
 from rlsys.types import Prompt, RolloutGroup, ScoredGroup, group_info
 from rlsys.weights.publish import unpack
 
@@ -139,10 +141,11 @@ class Learner(_Threaded):
     async def prompt_values(self, prompts: Sequence[Prompt]) -> Sequence[float]:
         return await self._call(self._rank.prompt_values, prompts)
 
-    async def save(self, directory: Path) -> Awaitable[None]:
-        return asyncio.sleep(0)  # nobody goes on from here
+    async def save(self, place: Place) -> Awaitable[Files]:
+        nothing: Files = {}
+        return asyncio.sleep(0, nothing)  # nobody goes on from here
 
-    async def load(self, directory: Path) -> int:
+    async def load(self, place: Place) -> int:
         raise NotImplementedError
 
     async def close(self) -> None:
@@ -163,9 +166,10 @@ class Reference(_Threaded):
         assert weights.payload is not None
         await self._call(self._server.update, unpack(weights.payload, weights.manifest), weights.version)
 
-    async def save(self, directory: Path) -> None: ...
+    async def save(self, place: Place) -> Files:
+        return {}
 
-    async def load(self, directory: Path) -> int:
+    async def load(self, place: Place) -> int:
         raise NotImplementedError
 
     async def close(self) -> None: ...

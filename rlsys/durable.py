@@ -1,14 +1,17 @@
-"""Files that outlive a loss of power, and a full disk told as what it is."""
+"""Files that outlive a loss of power, show damage, and a full disk told as what it is."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypedDict
 
 from rlsys.errors import DiskFullError
 
@@ -31,7 +34,7 @@ def writing(path: Path) -> Iterator[None]:
         raise no_room(path, error) from error
 
 
-def no_room(path: Path, error: BaseException) -> DiskFullError:
+def no_room(path: Path | str, error: BaseException) -> DiskFullError:
     return DiskFullError(
         f"{path} cannot be written: the disk is full, or a quota is used up ({error}). What was good before still is: "
         "make room, and the same command goes on"
@@ -71,3 +74,49 @@ def replace_text(path: Path, text: str) -> None:
     sync(aside)
     os.rename(aside, path)
     sync(path.parent)
+
+
+# ---- what shows damage ----------------------------------------------------------------------------------------------
+
+
+class Fingerprint(TypedDict):
+    """Of a file."""
+
+    bytes: int
+    sha256: str
+
+
+Files = Mapping[str, Fingerprint]  # by name below a folder, with slashes
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def fingerprints(folder: Path) -> dict[str, Fingerprint]:
+    """Of every file below a folder."""
+    return {p.relative_to(folder).as_posix(): fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def below(files: Files, part: str) -> dict[str, Fingerprint]:
+    """Those in a folder, by their names below it."""
+    return {name.removeprefix(f"{part}/"): found for name, found in files.items() if name.startswith(f"{part}/")}
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """JSON with a checksum of itself."""
+    plain = json.loads(json.dumps(content))
+    return json.dumps({**plain, "sha256": _digest(plain)}, indent=1)
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """What was sealed. Raises ValueError or KeyError when it is not whole."""
+    content: dict[str, Any] = json.loads(text)
+    if content.pop("sha256") != _digest(content):
+        raise ValueError("its content has changed")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -54,6 +54,14 @@ class DiskFullError(UserError):
     """No room is left for a file of the run. What was good before still is, and the same command goes on."""
 
 
+class StorageError(RlsysError):
+    """What is behind a URL (`run.storage`, `model.path`) cannot be read or written. The same command goes on."""
+
+
+class DamagedFileError(StorageError):
+    """A file in a storage is missing, or is not what was put there."""
+
+
 class ClusterError(RlsysError):
     """A Ray cluster cannot be reached, or refuses what it is asked for."""
 

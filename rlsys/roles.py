@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from rlsys.durable import Files
 from rlsys.metrics import Metric
+from rlsys.storage import Place
 from rlsys.types import GroupInfo, Prompt
 
 if TYPE_CHECKING:
@@ -207,12 +208,15 @@ class Reference(Role, Protocol):
         """Take the policy's weights in, as `reference.update` says."""
         ...
 
-    async def save(self, directory: Path) -> None:
-        """Write the weights below `directory`; asked for only where they move."""
+    async def save(self, place: Place) -> Files:
+        """Write the weights there, and say what the files are; asked for only where they move."""
         ...
 
-    async def load(self, directory: Path) -> int:
-        """Load what `save` wrote; return the version of the newest policy weights in it, 0: none yet."""
+    async def load(self, place: Place) -> int:
+        """Load what `save` wrote; return the version of the newest policy weights in it, 0: none yet.
+
+        Raises DamagedFileError for what a storage has not kept.
+        """
         ...
 
 
@@ -229,17 +233,17 @@ class Learner(Role, Protocol):
         """The critic's value at the end of each prompt."""
         ...
 
-    async def save(self, directory: Path) -> Awaitable[None]:
+    async def save(self, place: Place) -> Awaitable[Files]:
         """Copy everything that has state: model, optimizer, schedule, RNG and every stateful part.
 
-        Returns as soon as later steps cannot change the copy. What it returns is done when the files are written below
-        `directory` (already private), and raises LearnerError, WorkerDied or DiskFullError. One save at a time: a
-        second one waits for the first.
+        Returns as soon as later steps cannot change the copy. What it returns is done when the files are written at
+        `place` (already private), says what they are, and raises LearnerError, WorkerDied, DiskFullError or
+        StorageError. One save at a time: a second one waits for the first.
         """
         ...
 
-    async def load(self, directory: Path) -> int:
-        """Load what `save` wrote; return the version."""
+    async def load(self, place: Place) -> int:
+        """Load what `save` wrote; return the version. Raises DamagedFileError for what a storage has not kept."""
         ...
 
 

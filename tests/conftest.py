@@ -94,6 +94,40 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[i
         subprocess.run(["umount", "--lazy", path], check=True, capture_output=True)
 
 
+@pytest.fixture(autouse=True)
+def _node(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched in a test is kept out of the user's cache."""
+    monkeypatch.setenv("RLSYS_CACHE", str(tmp_path_factory.mktemp("node")))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server with a bucket `bucket`: moto's, over HTTP."""
+    pytest.importorskip("s3fs", reason="tests over S3 need the packages of rlsys[s3-tests]")
+    server_module = pytest.importorskip("moto.server", reason="tests over S3 need the packages of rlsys[s3-tests]")
+
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """URL of an empty place in it; the environment says how to get there."""
+    import boto3
+
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    return f"s3://bucket/{tmp_path.parent.name}/{tmp_path.name}"
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium, which notes what it logs and what it fetches."""

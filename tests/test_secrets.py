@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlsys.secrets import OF_MODELS, blanks, is_secret, without_secrets
+from rlsys.secrets import blanks, is_secret, of_models, without_secrets
 
 SECRETS = (
     "WANDB_API_KEY",
@@ -44,4 +44,4 @@ def test_other_variables_are_left(name: str) -> None:
 def test_what_an_actor_is_not_to_see_is_blank_whether_or_not_it_is_here() -> None:
     assert blanks({"PATH": "y"}) == {"WANDB_API_KEY": "", "HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": ""}
     assert blanks({"JUDGE_API_KEY": "x"}, ["JUDGE_API_KEY"]).keys() == blanks({}).keys()
-    assert blanks({"DB_PASSWORD": "x"}, OF_MODELS) == {"WANDB_API_KEY": "", "DB_PASSWORD": ""}
+    assert blanks({"DB_PASSWORD": "x"}, of_models()) == {"WANDB_API_KEY": "", "DB_PASSWORD": ""}

@@ -34,6 +34,7 @@ from rlsys.ledger.store import RolloutStore
 from rlsys.placement.needs import Need, needs_of
 from rlsys.placement.nodes import Node
 from rlsys.roles import Roles
+from rlsys.secrets import of_models
 
 logger = logging.getLogger(__name__)
 
@@ -122,20 +123,20 @@ async def put(value: Any) -> Any:
     return ray.put(value)
 
 
-def absolute_folder(path: Path) -> Path:
-    """Where a folder is for everybody; the name of a model on the hub stays what it is."""
-    return path.absolute() if path.is_dir() else path
+def absolute_folder(path: str | Path) -> str:
+    """Where a folder is for everybody; the name of a model on the hub, or a URL, stays what it is."""
+    return str(Path(path).absolute() if Path(path).is_dir() else path)
 
 
 def with_absolute_folders(config: Config) -> Config:
     """The config with the reference's models where everybody finds them."""
     models = {key: getattr(config.reference, key) for key in ("path", "average_with")}
-    found = {key: str(absolute_folder(Path(value))) for key, value in models.items() if value is not None}
+    found = {key: absolute_folder(value) for key, value in models.items() if value is not None}
     return config.model_copy(update={"reference": config.reference.model_copy(update=found)})
 
 
 @asynccontextmanager
-async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncIterator[Roles]:
+async def start_roles(config: Config, model_path: str | Path, run_dir: Path) -> AsyncIterator[Roles]:
     """The means to start the roles of a run. Whatever was started is closed, and the private cluster ended, on the way
     out."""
     # Actors on other nodes, and those of a cluster that was there before, have other working directories.
@@ -156,7 +157,8 @@ async def start_roles(config: Config, model_path: Path, run_dir: Path) -> AsyncI
 
     async def spawn_rewarder(name: str) -> Any:
         place = await places.options(name)
-        return await keep(start_rewarder(name, config.rewards, strategy, config.rollout.on_refused, place))
+        granted = of_models(model_path) if strategy.branches else ()  # for its tokenizer
+        return await keep(start_rewarder(name, config.rewards, strategy, config.rollout.on_refused, place, granted))
 
     async def spawn_learner(shape: Config) -> Any:
         [need] = [need for need in needs(shape) if need.role == "learner"]

@@ -19,9 +19,10 @@ from rlsys.actors.processes import Process, Shell, close, first_line, starting
 from rlsys.boundary import check_sampled
 from rlsys.config.models import Config
 from rlsys.errors import EngineError
+from rlsys.models.staging import staged
 from rlsys.roles import Generated, ProcessReport, PublishedWeights, Sampling, UpdateReport
 from rlsys.rollouts.engine import VllmGenerator
-from rlsys.secrets import OF_MODELS, blanks
+from rlsys.secrets import blanks, of_models
 from rlsys.types import GroupInfo, Prompt, RolloutGroup, group_info
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-EngineFactory = Callable[[str, Config, Path, int], Engine]
+EngineFactory = Callable[[str, Config, str, int], Engine]
 
 
 class _Asked(NamedTuple):
@@ -63,7 +64,7 @@ class GeneratorActor(Shell):
     is a return value, owned by the caller: it outlives this process, as an object put from here would not.
     """
 
-    def __init__(self, factory: EngineFactory, name: str, config: Config, model_path: Path, version: int) -> None:
+    def __init__(self, factory: EngineFactory, name: str, config: Config, model_path: str, version: int) -> None:
         self._arguments = (name, config, model_path, version)
         self._factory = factory
         self._on_refused = config.rollout.on_refused
@@ -71,7 +72,8 @@ class GeneratorActor(Shell):
 
     async def start(self) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
-        self._engine = self._factory(*self._arguments)
+        name, config, model_path, version = self._arguments
+        self._engine = self._factory(name, config, await asyncio.to_thread(staged, model_path), version)
         await self._engine.start()
 
     async def submit(self, batch: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
@@ -191,8 +193,8 @@ async def start_generator(
         max_restarts=0,  # one that died is replaced by the driver, which knows what it was doing
         max_task_retries=0,
         max_concurrency=MAX_CALLS,
-        runtime_env={"env_vars": blanks(os.environ, OF_MODELS)},
-    ).remote(factory, name, config, Path(model_path), version)
+        runtime_env={"env_vars": blanks(os.environ, of_models(model_path))},
+    ).remote(factory, name, config, str(model_path), version)
     process = Process(name, actor)
     async with starting(process):
         try:

@@ -17,11 +17,14 @@ from rlsys.actors.placement import ANYWHERE
 from rlsys.actors.processes import SIGNS, Process, Shell, close, starting
 from rlsys.algorithms.compose import Algorithm
 from rlsys.config.models import Config
+from rlsys.durable import Files
 from rlsys.errors import LearnerError, WorkerDied
 from rlsys.learner.distributed import open_rendezvous
 from rlsys.learner.role import LearnerRank
+from rlsys.models.staging import staged
 from rlsys.roles import Handle, ProcessReport, PublishedWeights, StepReport, TrainItem
-from rlsys.secrets import OF_MODELS, blanks
+from rlsys.secrets import blanks, of_models
+from rlsys.storage import Place, deliver, fetch, let_go
 from rlsys.types import Prompt
 from rlsys.weights import nccl
 from rlsys.weights.nccl import Connect, Sender
@@ -60,7 +63,7 @@ class LearnerActor(Shell):
             self._sender = Sender(address, self._connect)
         self._learner = LearnerRank(
             config,
-            model_path,
+            staged(model_path),
             Algorithm.from_config(config.algorithm),
             rank,
             config.learner.ranks,
@@ -96,14 +99,20 @@ class LearnerActor(Shell):
     def snapshot(self) -> None:
         self._snapshot = self._learner.snapshot()
 
-    def write(self, directory: Path) -> None:
+    def write(self, place: Place) -> Files:
         """Write the snapshot, and let go of it."""
         snapshot, self._snapshot = self._snapshot, None
         assert snapshot is not None
-        self._learner.write(snapshot, directory)
+        return deliver(place, lambda folder: self._learner.write(snapshot, folder))
 
-    def load(self, directory: Path) -> int:
-        return self._learner.load(directory)
+    def fetch(self, place: Place) -> None:
+        self._fetched = fetch(place)
+
+    def load(self) -> int:
+        return self._learner.load(self._fetched)
+
+    def let_go(self, place: Place) -> None:
+        let_go(place)
 
     def close(self) -> None:
         self._learner.close()
@@ -147,7 +156,7 @@ class RayLearner:
         self._timeout_s = timeout_s
         self._sender = sender
         self._completed = 0
-        self._saving: asyncio.Future[None] | None = None
+        self._saving: asyncio.Future[Files] | None = None
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         """Raises WorkerDied naming the rank, NonFiniteError, LearnerError."""
@@ -170,23 +179,27 @@ class RayLearner:
         weights: PublishedWeights = (await self._all([ref[0] for ref in refs]))[0]
         return replace(weights, payload=refs[0][1] if self._sender is None else self._sender)
 
-    async def save(self, directory: Path) -> Awaitable[None]:
+    async def save(self, place: Place) -> Awaitable[Files]:
         """See `roles.Learner.save`, `checkpoint.snapshot` (what is copied) and `checkpoint.write`."""
         if self._saving is not None:
             done, _ = await asyncio.wait([self._saving], timeout=self._timeout_s)
             if not done:
                 raise LearnerError(
                     f"the checkpoint before is still being written after {self._timeout_s:g} s "
-                    f"(learner.step_timeout_s): {directory} is not begun"
+                    f"(learner.step_timeout_s): {place} is not begun"
                 )
         await self._all([actor.snapshot.remote() for actor in self.actors])
         method: Any = self.actors[0].write
-        written = method.options(concurrency_group=SAVING).remote(directory)
+        written = method.options(concurrency_group=SAVING).remote(place)
         self._saving = asyncio.ensure_future(answer_or_death("learner-0", written))
         return asyncio.shield(self._saving)  # whoever gives up waiting does not end the writing
 
-    async def load(self, directory: Path) -> int:
-        versions = await self._all([actor.load.remote(directory) for actor in self.actors])
+    async def load(self, place: Place) -> int:
+        """See `roles.Learner.load`."""
+        # First, for a rank that cannot have it must not leave the others waiting in the middle of loading.
+        await self._all([actor.fetch.remote(place) for actor in self.actors])
+        versions = await self._all([actor.load.remote() for actor in self.actors])
+        await self._all([actor.let_go.remote(place) for actor in self.actors])
         return int(versions[0])
 
     async def progress(self) -> int:
@@ -227,7 +240,7 @@ class RayLearner:
 
 
 async def start_learner(
-    config: Config, model_path: Path, connect: Connect = nccl.connect, places: Sequence[Mapping[str, Any]] = ()
+    config: Config, model_path: str | Path, connect: Connect = nccl.connect, places: Sequence[Mapping[str, Any]] = ()
 ) -> RayLearner:
     """Start all ranks and wait until they have met and loaded the model.
 
@@ -246,7 +259,9 @@ async def start_learner(
         max_restarts=0,
         max_task_retries=0,
         # Threads that spin while they wait take the cores from the generator, and from each other: 4 times slower
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **blanks(os.environ, OF_MODELS)}},
+        runtime_env={
+            "env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **blanks(os.environ, of_models(config.run.storage, model_path))}
+        },
         concurrency_groups=beside,
     )(LearnerActor)
     actors: list[ActorHandle[Any]] = [

@@ -15,10 +15,13 @@ from rlsys.actors.answers import answer_or_death
 from rlsys.actors.placement import ANYWHERE
 from rlsys.actors.processes import SIGNS, Process, Shell, close, starting
 from rlsys.config.models import Config
+from rlsys.durable import Files
 from rlsys.errors import WorkerDied
+from rlsys.models.staging import staged
 from rlsys.reference.server import ReferenceServer
 from rlsys.roles import Handle, ProcessReport, PublishedWeights
-from rlsys.secrets import OF_MODELS, blanks
+from rlsys.secrets import blanks, of_models
+from rlsys.storage import Place, deliver, fetch, let_go
 from rlsys.types import ScoredGroup
 from rlsys.weights.publish import unpack, verify
 
@@ -33,7 +36,7 @@ class ReferenceActor(Shell):
 
     def start(self, config: Config, model_path: str) -> None:
         # Not in the constructor: Ray reports what that raises as a dead actor, in text only.
-        self._server = ReferenceServer(config, model_path)
+        self._server = ReferenceServer(_with_models(config), staged(model_path))
 
     def logprobs(self, *groups: ScoredGroup) -> tuple[Any, ...]:
         """The driver reads the first (groups scored); the others stay in the object store, one for each group."""
@@ -43,11 +46,13 @@ class ReferenceActor(Shell):
         verify(payload, manifest)
         self._server.update(unpack(payload, manifest), version)
 
-    def save(self, directory: str) -> None:
-        self._server.save(Path(directory))
+    def save(self, place: Place) -> Files:
+        return deliver(place, self._server.save)
 
-    def load(self, directory: str) -> int:
-        return self._server.load(Path(directory))
+    def load(self, place: Place) -> int:
+        version = self._server.load(fetch(place))
+        let_go(place)
+        return version
 
 
 class RayReference:
@@ -71,13 +76,14 @@ class RayReference:
         # The payload is an argument of its own because Ray fetches references only when they are arguments themselves.
         await self._answer(self.actor.update.remote(weights.version, weights.manifest, weights.payload))
 
-    async def save(self, directory: Path) -> None:
-        """Raises WorkerDied."""
-        await self._answer(self.actor.save.remote(str(directory)))
+    async def save(self, place: Place) -> Files:
+        """Raises WorkerDied, StorageError."""
+        files: Files = await self._answer(self.actor.save.remote(place))
+        return files
 
-    async def load(self, directory: Path) -> int:
-        """Raises WorkerDied, and DataError for what does not load."""
-        version: int = await self._answer(self.actor.load.remote(str(directory)))
+    async def load(self, place: Place) -> int:
+        """Raises WorkerDied, DataError for what does not load, DamagedFileError, StorageError."""
+        version: int = await self._answer(self.actor.load.remote(place))
         return version
 
     async def progress(self) -> int:
@@ -98,19 +104,29 @@ class RayReference:
         return value
 
 
-async def start_reference(config: Config, model_path: Path, place: Mapping[str, Any] = ANYWHERE) -> RayReference:
+def _with_models(config: Config) -> Config:
+    """With the reference's models where they are on this node."""
+    given = {key: getattr(config.reference, key) for key in ("path", "average_with")}
+    here = {key: staged(path) for key, path in given.items() if path is not None}
+    return config.model_copy(update={"reference": config.reference.model_copy(update=here)})
+
+
+async def start_reference(config: Config, model_path: str | Path, place: Mapping[str, Any] = ANYWHERE) -> RayReference:
     """Start the server and wait until its model is loaded. `place` are Ray's options for where it runs.
 
     Raises DataError for a model that does not load, and WorkerDied when the process ends or is not ready within
     `reference.start_timeout_s`, with what it printed last.
     """
+    models = (model_path, config.reference.path, config.reference.average_with)
     options: Any = ray.remote  # whose types do not know concurrency groups
     remote = options(
         **place,
         max_restarts=0,
         max_task_retries=0,
         # see rlsys.actors.learner
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **blanks(os.environ, OF_MODELS)}},
+        runtime_env={
+            "env_vars": {"OMP_WAIT_POLICY": "PASSIVE", **blanks(os.environ, of_models(config.run.storage, *models))}
+        },
         concurrency_groups={SIGNS: 1},
     )(ReferenceActor)
     actor: ActorHandle[Any] = remote.remote()

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -117,19 +117,21 @@ async def start_rewarder(
     strategy: Strategy | None = None,
     on_refused: OnRefused = "retry",
     place: Mapping[str, Any] = ANYWHERE,
+    granted: Collection[str] = (),
 ) -> RayRewarder:
     """Start a worker and wait until its functions are imported. Raises RewardSetupError, ConfigError, WorkerDied,
     with what the process printed last.
 
     Its functions are found on the caller's module path and in its working directory. `on_refused` is that of
-    `rollout`; `place` are Ray's options for where it runs, and what it claims there.
+    `rollout`; `place` are Ray's options for where it runs, and what it claims there; `granted` the keys that the
+    worker needs itself, and the functions do not see.
     """
     remote: Any = ray.remote(RewardActor)
     actor: ActorHandle[Any] = remote.options(
         **place,
         max_restarts=0,  # a worker that died is replaced by the driver, which knows what it was doing
         max_task_retries=0,
-        runtime_env={"env_vars": blanks(os.environ, config.secrets)},
+        runtime_env={"env_vars": blanks(os.environ, {*config.secrets, *granted})},
     ).remote(name, with_absolute_paths(config), default_search_path(), strategy, on_refused)
     process = Process(name, actor)
     async with starting(process):

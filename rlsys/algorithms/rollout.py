@@ -10,6 +10,7 @@ import numpy as np
 from rlsys.algorithms.compose import Algorithm
 from rlsys.config.models import Config
 from rlsys.models.loading import load_tokenizer
+from rlsys.models.staging import staged
 from rlsys.segments import Strategy
 
 
@@ -36,5 +37,5 @@ class TokenTexts:
     @property
     def _loaded(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._model_path)
+            self._tokenizer = load_tokenizer(staged(self._model_path, weights=False))
         return self._tokenizer

@@ -14,6 +14,8 @@ from rlsys.config.models import Config
 from rlsys.config.plan import Facts, ModelSize, Plan, make_plan, this_machine, tiny_size
 from rlsys.errors import ConfigError, DataError
 from rlsys.models.loading import check_folder
+from rlsys.models.staging import staged
+from rlsys.storage import check_driver, is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,11 @@ def check_config(config: Config) -> Checked:
     """
     machine = this_machine(config)
     make_plan(config, Facts(), machine).check()
+    urls = {"run.storage": config.run.storage, "model.path": config.model.path}
+    urls |= {f"reference.{key}": getattr(config.reference, key) for key in ("path", "average_with")}
+    for key, url in urls.items():
+        if url is not None and is_url(url):
+            check_driver(url, key)
     if config.model.path is not None:
         check_folder(config.model.path)
     if config.reference.path is not None:
@@ -115,7 +122,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     from rlsys.models.loading import load_tokenizer as load
 
     assert config.model.path is not None
-    return load(config.model.path)
+    return load(staged(config.model.path, weights=False))
 
 
 def model_size(config: Config) -> ModelSize | None:

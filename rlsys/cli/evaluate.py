@@ -35,10 +35,10 @@ def evaluate(path: Path, checkpoint: Path | None, overrides: Sequence[str]) -> N
         raise ConfigError("prompts.eval is null: there is nothing to evaluate on")
     check_config(config)
     with ConsoleTracker(config.run.name, Path(config.run.dir), 1, "plain") as console:
-        model = model or ensure_model(config, console)
-        console.note(f"evaluating {model}")
+        evaluated = model or ensure_model(config, console)
+        console.note(f"evaluating {evaluated}")
         try:
-            results = asyncio.run(_evaluate(config, model))
+            results = asyncio.run(_evaluate(config, evaluated))
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
     table = Table(show_header=False)
@@ -51,12 +51,17 @@ def evaluate(path: Path, checkpoint: Path | None, overrides: Sequence[str]) -> N
 
 def model_folder(checkpoint: Path) -> Path:
     """The model of a checkpoint (RUN/checkpoints/step-N), or a model folder itself. Raises DataError for neither."""
-    from rlsys.models.loading import check_folder
+    from rlsys.models.loading import WEIGHT_PATTERNS, check_folder
 
     if not checkpoint.is_dir():
         raise DataError(f"--checkpoint: there is no folder {checkpoint}")
     folder = checkpoint / _MODEL_IN_CHECKPOINT
     if folder.is_dir():
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+            raise DataError(
+                f"--checkpoint: {checkpoint} has no weights; those of a run with run.storage are there: copy them with "
+                "rlsys export RUN DIR, and give that DIR"
+            )
         return folder
     if not (checkpoint / "config.json").is_file():
         steps = sorted(p.name for p in (checkpoint / "checkpoints").glob("step-*"))
@@ -71,7 +76,7 @@ def model_folder(checkpoint: Path) -> Path:
     return checkpoint
 
 
-async def _evaluate(config: Config, model: Path) -> dict[str, float]:
+async def _evaluate(config: Config, model: str | Path) -> dict[str, float]:
     from rlsys.driver.evaluation import summarize
     from rlsys.prompts.stream import eval_prompts
 
@@ -116,7 +121,7 @@ async def _score(
 
 
 @asynccontextmanager
-async def _workers(config: Config, model: Path) -> AsyncIterator[tuple[list[Generator], list[Rewarder]]]:
+async def _workers(config: Config, model: str | Path) -> AsyncIterator[tuple[list[Generator], list[Rewarder]]]:
     """The generators and reward workers alone; ended on the way out."""
     from rlsys.actors.cluster import end_cluster, needs, start_cluster
     from rlsys.actors.generator import start_generator

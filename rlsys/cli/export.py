@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlsys.cli.rundir import checkpoints_of
 from rlsys.driver.checkpoints import Checkpoint, Checkpoints
 from rlsys.durable import sync, sync_tree, writing
 from rlsys.errors import ConfigError, DataError, RunDirError
+from rlsys.storage import Storage, readable
 
 
 def export(run_dir: Path, target: Path, step: int | None = None, best: bool = False) -> None:
@@ -24,9 +26,9 @@ def export(run_dir: Path, target: Path, step: int | None = None, best: bool = Fa
         raise DataError(f"{target} is there already, and not an empty folder: choose another DIR")
     if not run_dir.is_dir():
         raise RunDirError(f"{run_dir}: no such run directory")
-    checkpoints = Checkpoints(run_dir / "checkpoints")
+    checkpoints = checkpoints_of(run_dir)
     checkpoint = _newest(checkpoints) if step is None and not best else _chosen(checkpoints, step)
-    if not checkpoint.model.is_dir():
+    if not (checkpoint.model.files if isinstance(checkpoint.model, Storage) else checkpoint.model.is_dir()):
         raise DataError(f"{checkpoint.path} holds no model: there is no folder {checkpoint.model}")
     _copy(checkpoint, target)
     version = checkpoint.manifest.version
@@ -70,9 +72,10 @@ def _copy(checkpoint: Checkpoint, target: Path) -> None:
     try:
         with writing(target):
             aside.mkdir(parents=True)
-            for path in sorted(checkpoint.model.rglob("*")):
-                copy = aside / path.relative_to(checkpoint.model)
-                copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
+            with readable(checkpoint.model) as model:
+                for path in sorted(model.rglob("*")):
+                    copy = aside / path.relative_to(model)
+                    copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
             sync_tree(aside)
             os.rename(aside, target)
             sync(target.parent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.cli.rundir import CONFIG
+from rlsys.cli.rundir import CONFIG, checkpoints_of
 from rlsys.config.loading import load_config
 from rlsys.config.models import Config
 from rlsys.errors import ConfigError, DataError, RunDirError
 from rlsys.ledger.story import ROLLOUTS_DIR, Consumed, read_consumed
 from rlsys.metrics import reduce
+from rlsys.models.staging import staged
 from rlsys.roles import StepReport
+from rlsys.storage import Place, readable
 from rlsys.trackers.jsonl import METRICS, read_rows
 
 DIFFERENT = 1  # exit code
@@ -92,8 +95,9 @@ def replay(run_dir: Path, step: int, ranks: int | None = None, save: Path | None
     from rlsys.cli.repeat import Repetition, repeat, table_of
 
     ids = {number: batch.prompt_ids for number, batch in batches.items()}
-    work = Repetition(config, _model(config, run_dir), run_dir / ROLLOUTS_DIR, checkpoint, ids, save is not None)
-    repeated = repeat(work)
+    with nullcontext() if checkpoint is None else readable(checkpoint) as folder:
+        work = Repetition(config, _model(config, run_dir), run_dir / ROLLOUTS_DIR, folder, ids, save is not None)
+        repeated = repeat(work)
     compared = {
         report.version: compare(
             logged_values(logged[report.version], batches[report.version].skipped), replayed_values(report)
@@ -142,11 +146,9 @@ def _check_step(run_dir: Path, config: Config, logged: Mapping[int, object], ste
     raise DataError(f"--step {step}: {run_dir} has no such step, {done}")
 
 
-def _checkpoint(run_dir: Path, step: int, say: Callable[[str], None]) -> tuple[Path | None, int]:
+def _checkpoint(run_dir: Path, step: int, say: Callable[[str], None]) -> tuple[Place | None, int]:
     """What the learner saved in the newest valid checkpoint before a step, and its version."""
-    from rlsys.driver.checkpoints import Checkpoints
-
-    checkpoints = Checkpoints(run_dir / "checkpoints", 1)
+    checkpoints = checkpoints_of(run_dir)
     for version in reversed(checkpoints.versions()):
         if version >= step:
             continue
@@ -185,7 +187,7 @@ def _model(config: Config, run_dir: Path) -> Path:
     from rlsys.trackers.console import ConsoleTracker
 
     with ConsoleTracker(config.run.name, run_dir, 1, "plain") as console:
-        return ensure_model(config, console)
+        return Path(staged(ensure_model(config, console)))
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import typer
 
 from rlsys.cli.checks import check_config, load_tokenizer
 from rlsys.cli.plan import render
-from rlsys.cli.rundir import open_run_dir
+from rlsys.cli.rundir import archive_of, open_run_dir
 from rlsys.config.loading import load_config
 from rlsys.config.models import Config
 from rlsys.trackers.console import ConsoleTracker
@@ -43,7 +43,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
 
 
 async def run(
-    config: Config, model_path: Path, run_dir: Path, trackers: Trackers, console: ConsoleTracker
+    config: Config, model_path: str | Path, run_dir: Path, trackers: Trackers, console: ConsoleTracker
 ) -> dict[str, Any]:
     """Start every role, run the driver over them, end them again; returns the summary."""
     from rlsys.actors.cluster import start_roles
@@ -54,6 +54,7 @@ async def run(
     from rlsys.ledger.ledger import Ledger
     from rlsys.prompts.stream import PromptStream, eval_prompts
 
+    archive = archive_of(config, run_dir)
     tokenizer = load_tokenizer(config)
     common = (config.prompts, tokenizer, config.model.max_length - config.rollout.max_new_tokens, config.run.seed)
     stream = PromptStream.from_config(config.prompts.train, *common)
@@ -69,15 +70,20 @@ async def run(
                     strategy=bound_strategy(algorithm, config, model_path),
                     with_greedy=algorithm.needs.greedy,
                     with_expert=algorithm.needs.expert,
+                    shelf=archive,
                 )
                 interrupts.driver = driver
                 async with controlled(driver, run_dir):
-                    return await driver.run()
+                    summary = await driver.run()
             finally:
                 try:
                     ledger.close()
                 finally:
                     await roles.store.close()
+        if archive is not None:  # what came after the last checkpoint: evaluation, summary
+            await asyncio.to_thread(archive.push)
+            console.note(f"the run is in {archive.storage}")
+        return summary
 
 
 class Interrupts:
@@ -143,12 +149,12 @@ class _ToConsole(logging.Handler):
         self._console.warn(record.getMessage())
 
 
-def ensure_model(config: Config, console: ConsoleTracker) -> Path:
-    """The folder of the initial model; a tiny one is built first, unless it is in the cache."""
+def ensure_model(config: Config, console: ConsoleTracker) -> str | Path:
+    """The folder, hub name or URL of the initial model; a tiny one is built first, unless it is in the cache."""
     tiny = config.model.tiny
     if tiny is None:
         assert config.model.path is not None
-        return Path(config.model.path)
+        return config.model.path
     from transformers.utils import logging as transformers_logging
     from transformers.utils.logging import disable_progress_bar
 

@@ -14,7 +14,8 @@ from rlsys.errors import RunDirError
 # What a resumed run may change without becoming another run: how far it goes, how it is watched, what it runs on, and
 # what becomes of failures. All time-outs as well.
 MAY_DIFFER = (
-    "run.name", "run.dir", "run.steps", "run.resume", "trackers", "resources", "checkpoint", "model.tiny.cache_dir",
+    "run.name", "run.dir", "run.storage", "run.steps", "run.resume", "trackers", "resources", "checkpoint",
+    "model.tiny.cache_dir",
     "rollout.generators", "rollout.engine", "rollout.attempts", "rollout.on_refused",
     "rewards.workers", "rewards.concurrency", "rewards.on_failure",
     "reference.threads", "reference.micro_batch_tokens",

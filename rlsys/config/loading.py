@@ -26,7 +26,8 @@ from rlsys.registry import nearest
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, with command-line overrides such as `["--driver.max_staleness", "0"]`.
 
-    A file may begin with `extends: other.yaml` (relative to itself). `{name}` in `run.dir` is replaced.
+    A file may begin with `extends: other.yaml` (relative to itself). `{name}` in `run.dir` and
+    `run.storage` is replaced.
     """
     source = _read(Path(path))
     for key, value in split_overrides(overrides):
@@ -46,8 +47,10 @@ def parse_config(source: Source) -> Config:
         # A list whose only elements are wrong is also reported as too short, which it is not.
         whole = [d for d in details if d["type"] != "too_short" or not _is_within(d["loc"], places)]
         raise ConfigError("\n".join(_explain(source, detail) for detail in whole)) from None
-    run_dir = config.run.dir.replace("{name}", config.run.name)
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+    run = config.run
+    storage = None if run.storage is None else run.storage.replace("{name}", run.name)
+    named = run.model_copy(update={"dir": run.dir.replace("{name}", run.name), "storage": storage})
+    return config.model_copy(update={"run": named})
 
 
 def dump_config(config: Config, path: Path) -> None:

@@ -25,6 +25,13 @@ class Strict(BaseModel):
 class RunConfig(Strict):
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, also in W&B.")
     dir: str = Field("runs/{name}", description="Where everything goes; `{name}` is replaced by the name.")
+    storage: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9+.]+://.+",
+        description="URL, such as s3://bucket/runs/{name}: the run is kept there, and run.dir is a working copy on the "
+        "driver's node. null: run.dir is the run, and all nodes see it.",
+    )
+    storage_timeout_s: PositiveFloat = Field(600.0, description="storage: one file must be sent or fetched by then.")
     seed: NonNegativeInt = 0
     steps: PositiveInt = Field(100, description="Optimizer batches to train on: each makes one weight version.")
     resume: Literal["auto", "never"] = Field(
@@ -60,7 +67,7 @@ class TinyModelConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """Either `path` (a folder in Hugging Face format, or a hub name) or `tiny`."""
+    """Either `path` (a folder in Hugging Face format, a hub name, or the URL of such a folder) or `tiny`."""
 
     path: str | None = None
     tiny: TinyModelConfig | None = None

@@ -305,6 +305,11 @@ def _choices(config: Config) -> list[str]:
             f"model.tiny.warm_start fits the model to worked sums, but prompts.train.kind is "
             f"{config.prompts.train.kind}: set model.tiny.warm_start.steps to 0, or give a model.path"
         )
+    if config.run.storage is not None and config.trackers.wandb.log_model:
+        problems.append(
+            "trackers.wandb.log_model takes the model from run.dir, where it is not with run.storage: leave it out, "
+            "and take the model from the storage (rlsys export)"
+        )
     if config.weights.engine == "nccl" and config.reference.update != "frozen":
         problems.append(
             f"reference.update: {config.reference.update} needs weights.engine: object_store, from where the reference "

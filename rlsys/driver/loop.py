@@ -50,6 +50,7 @@ from rlsys.driver.recovery import recover
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.rewarders import RewarderPool
 from rlsys.driver.scaling import Scaling
+from rlsys.driver.shelf import Shelf
 from rlsys.driver.training import Training
 from rlsys.driver.waiting import Bell
 from rlsys.driver.weights import WeightRollout
@@ -85,10 +86,12 @@ class Driver:
         strategy: Strategy | None = None,
         with_greedy: bool = False,
         with_expert: bool = False,
+        shelf: Shelf | None = None,
     ) -> None:
         """Prompts come in order without a `curriculum`, and are sampled and no more without a `strategy`.
 
-        `with_greedy`, `with_expert`: groups hold a greedy rollout, a demonstration, beside the samples.
+        `with_greedy`, `with_expert`: groups hold a greedy rollout, a demonstration, beside the samples. Checkpoints are
+        in the run directory without another `shelf`.
         """
         self.config = config
         self.ledger = ledger
@@ -96,7 +99,7 @@ class Driver:
         keep = config.checkpoint
         # Learner and reference write there, and may have another working directory.
         self.checkpoints = Checkpoints(
-            run_dir.absolute() / "checkpoints", keep.keep_last, keep.keep_best, keep.keep_every
+            run_dir.absolute() / "checkpoints", keep.keep_last, keep.keep_best, keep.keep_every, shelf
         )
         self.recorder = Recorder(tracker)
         self.bell = Bell(options.patience(config), self._state)

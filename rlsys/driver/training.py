@@ -18,13 +18,23 @@ from typing import Any, TypeVar
 from rlsys.config.identity import config_hash
 from rlsys.config.models import Config
 from rlsys.driver.books import Books
-from rlsys.driver.checkpoints import REFERENCE, Checkpoint, Checkpoints, Manifest
+from rlsys.driver.checkpoints import LEARNER, REFERENCE, Checkpoint, Checkpoints, Manifest
 from rlsys.driver.keeper import Keeper, KeeperOptions
 from rlsys.driver.progress import Recorder
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.waiting import within
 from rlsys.driver.workers import Run, WorkerEvents
-from rlsys.errors import DataError, HandleLost, LearnerError, PlacementError, WorkerDied, WorkerStalled
+from rlsys.durable import Files
+from rlsys.errors import (
+    DamagedFileError,
+    DataError,
+    HandleLost,
+    LearnerError,
+    PlacementError,
+    StorageError,
+    WorkerDied,
+    WorkerStalled,
+)
 from rlsys.roles import Learner, PublishedWeights, Reference, Roles, StepReport, TrainItem
 
 logger = logging.getLogger(__name__)
@@ -58,6 +68,7 @@ class Training:
         self._events = events
         self._before: Config | None = None  # while the learner is given another shape: the one that it had
         self._saving: asyncio.Task[None] | None = None
+        self._unsaved = False  # the storage did not take the newest checkpoint
         self._turn = asyncio.Lock()  # a step and its settlement are one
         self._taken: int | None = None  # newest version that the moving reference has taken
         self._follower: Reference | None = None  # a moving reference that is being brought back with the learner
@@ -172,50 +183,66 @@ class Training:
             drawing=books.drawing.state_dict(),
         )
 
-        async def copy(learner: Learner) -> tuple[Learner, Awaitable[None]]:
-            directory = await asyncio.to_thread(self._checkpoints.begin, version)
-            return learner, await learner.save(directory)
+        async def copy(learner: Learner) -> tuple[Learner, Awaitable[Files]]:
+            place = await asyncio.to_thread(self._checkpoints.begin, version)
+            return learner, await learner.save(place)
 
-        async def save(reference: Reference) -> None:
-            place = self._checkpoints.place(version, REFERENCE)
-            await asyncio.to_thread(place.mkdir, exist_ok=True)
-            await reference.save(place)
+        async def save(reference: Reference) -> Files:
+            return await reference.save(self._checkpoints.place(version, REFERENCE))
 
+        files: Files = {}
         try:
             with self._recorder.span(f"copy {version}", "learner"):
                 writer, writing = await self._ask(copy, "save a checkpoint")
                 if self.moving is not None:
-                    await self.moving.call(save, "save a checkpoint")
+                    files = _named(REFERENCE, await self.moving.call(save, "save a checkpoint"))
+        except StorageError as error:
+            self._give_up(version, error)
+            return
         except BaseException:
             self._checkpoints.abandon(version)
             raise
-        self._saving = self._run(self._commit(manifest, writer, writing))
+        self._saving = self._run(self._commit(manifest, files, writer, writing))
 
     async def saving(self) -> None:
         """Return when no checkpoint is being written."""
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
-    async def _commit(self, manifest: Manifest, writer: Learner, writing: Awaitable[None]) -> None:
+    async def _commit(self, manifest: Manifest, files: Files, writer: Learner, writing: Awaitable[Files]) -> None:
         version, limit = manifest.version, self.config.learner.step_timeout_s
         late = WorkerStalled("learner", f"did not write checkpoint {version} within learner.step_timeout_s={limit:g} s")
         with self._recorder.span(f"checkpoint {version}", "checkpoints"):
             try:
-                await within(limit, writing, late)
+                files = {**files, **_named(LEARNER, await within(limit, writing, late))}
                 await self._books.written()  # what it counts as trained is on disk, too
                 await self._books.ledger.flush()
-            except WorkerDied as error:  # the checkpoint before still stands
-                self._checkpoints.abandon(version)
-                logger.warning("checkpoint %d is given up: %s", version, error)
-                self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
+                await asyncio.to_thread(self._checkpoints.commit, manifest, files)
+            except WorkerDied as error:
+                self._lost(version, error)
                 self.learner.lose(writer, error)
+                return
+            except StorageError as error:
+                self._give_up(version, error)
                 return
             except BaseException:
                 self._checkpoints.abandon(version)
                 raise
-            await asyncio.to_thread(self._checkpoints.commit, manifest)
-        self.saved = version
+        self.saved, self._unsaved = version, False
         self._books.ledger.note("checkpoint", version=version)
+
+    def _give_up(self, version: int, error: StorageError) -> None:
+        """A storage that cannot be reached costs a checkpoint; two in a row end the run."""
+        self._lost(version, error)
+        if self._unsaved:
+            raise error
+        self._unsaved = True
+
+    def _lost(self, version: int, error: Exception) -> None:
+        """The checkpoint before still stands."""
+        self._checkpoints.abandon(version)
+        logger.warning("checkpoint %d is given up: %s", version, error)
+        self._books.ledger.note("checkpoint lost", version=version, cause=str(error))
 
     # ---- coming back ----
 
@@ -255,14 +282,15 @@ class Training:
     async def _catch_up(self, learner: Learner) -> None:
         """Bring a new learner to where the run stands, and the reference that follows it."""
         started, books = self._recorder.now(), self._books
-        checkpoint = await asyncio.to_thread(self._checkpoints.newest)
-        version = 0
-        if checkpoint is not None:
+
+        async def load(checkpoint: Checkpoint) -> int:
             version = await self._in_time(learner.load(checkpoint.learner), f"load {checkpoint.path}")
             if version != checkpoint.manifest.version:
                 raise LearnerError(f"{checkpoint.path} holds version {version}, expected {checkpoint.manifest.version}")
             await self._lead(lambda reference: reference.load(checkpoint.reference))
-        loaded = version
+            return version
+
+        loaded = version = await self._load_newest(load)
         while version < books.step:
             version += 1
             await self._repeat(learner, version)
@@ -274,6 +302,15 @@ class Training:
             books.ledger.note("learner rebuilt", version=version, checkpoint=loaded, seconds=round(seconds, 3))
             self._recorder.event(f"rebuild {version} from {loaded}", started, self._recorder.now(), "learner")
             logger.info("the learner repeated %d steps in %.1f s: it is at %d", version - loaded, seconds, version)
+
+    async def _load_newest(self, load: Callable[[Checkpoint], Awaitable[int]]) -> int:
+        """What `load` makes of the newest checkpoint; 0 without one. One that it finds damaged is passed over."""
+        while (checkpoint := await asyncio.to_thread(self._checkpoints.newest)) is not None:
+            try:
+                return await load(checkpoint)
+            except DamagedFileError as error:
+                self._checkpoints.pass_over(checkpoint.manifest.version, str(error))
+        return 0
 
     async def _repeat(self, learner: Learner, version: int) -> None:
         try:
@@ -300,13 +337,13 @@ class Training:
         """Bring a new reference to where the run stands. One that moves follows the learner there once more."""
         if self.moving is None:
             return
-        checkpoint = await asyncio.to_thread(self._checkpoints.newest)
-        loaded = 0
-        if checkpoint is not None:
-            loaded = await self._in_time(reference.load(checkpoint.reference), f"load {checkpoint.path}")
+        loaded = await self._load_newest(
+            lambda checkpoint: self._in_time(reference.load(checkpoint.reference), f"load {checkpoint.path}")
+        )
         if self._taken is None:
-            self._taken = loaded
-            self._recorder.reference(loaded)
+            step = self._books.step  # that of the newest checkpoint, which may have been passed over in loading it
+            self._taken = step - step % self.config.reference.every
+            self._recorder.reference(self._taken)
         if not any(self._due(version) for version in range(loaded + 1, self._taken + 1)):
             return
         self._follower = reference
@@ -332,3 +369,8 @@ class Training:
         """A call that is part of bringing a role up: past its time, the role is started once more."""
         seconds = self.config.learner.step_timeout_s
         return await within(seconds, call, WorkerStalled("learner", f"did not {what} within {seconds:g} s"))
+
+
+def _named(part: str, files: Files) -> Files:
+    """By their names in the checkpoint."""
+    return {f"{part}/{name}": found for name, found in files.items()}

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsys.errors import DataError
+from rlsys.models.staging import names_of
+from rlsys.storage import is_url
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +29,25 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def check_folder(path: str | Path, *, weights: bool = True, tokenizer: bool = True) -> None:
-    """Raise DataError unless `path` is a folder with the files asked for, or can be a hub name (`owner/name`).
+    """Raise DataError unless `path` is a folder, or a URL of one, with the files asked for, or can be a hub name
+    (`owner/name`).
 
     Reads file names only, so that a plan can be checked without loading anything.
     """
-    folder = Path(path)
-    if not folder.exists() and not folder.is_absolute() and str(path).count("/") == 1 and str(path)[0] not in "./~":
-        return  # a hub name: `transformers` answers for it
-    if not folder.is_dir():
-        raise DataError(f"model.path: there is no folder {folder}; give a folder in Hugging Face format, or a hub name")
-    if not (folder / "config.json").is_file():
+    folder = path if is_url(path) else Path(path)
+    if isinstance(folder, Path):
+        if not folder.exists() and not folder.is_absolute() and str(path).count("/") == 1 and str(path)[0] not in "./~":
+            return  # a hub name: `transformers` answers for it
+        if not folder.is_dir():
+            raise DataError(
+                f"model.path: there is no folder {folder}; give a folder in Hugging Face format, or a hub name"
+            )
+    names = names_of(folder)
+    if "config.json" not in names:
         raise DataError(f"model.path: {folder} has no config.json, so it is not a model in Hugging Face format")
-    if weights and not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+    if weights and not any(fnmatch.filter(names, pattern) for pattern in WEIGHT_PATTERNS):
         raise DataError(f"model.path: {folder} has no weights ({' or '.join(WEIGHT_PATTERNS)})")
-    if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if tokenizer and not any(name in names for name in TOKENIZER_FILES):
         raise DataError(
             f"model.path: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
             "save one beside the weights with tokenizer.save_pretrained"

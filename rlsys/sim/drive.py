@@ -16,6 +16,7 @@ import numpy as np
 from rlsys.config.models import Config
 from rlsys.curricula import Curriculum
 from rlsys.driver.loop import Driver, GroupFilter
+from rlsys.driver.shelf import Shelf
 from rlsys.ledger.ledger import Ledger
 from rlsys.ledger.store import RolloutStore
 from rlsys.roles import Roles, SampleRow
@@ -171,6 +172,7 @@ class Simulation:
         ledger: Callable[[Path], Ledger] = Ledger,
         ready: bool = True,
         spawned: Callable[[str, Awaitable[Any]], Awaitable[Any]] = _spawned,
+        shelf: Shelf | None = None,
     ) -> None:
         """`ready`: the first worker of each name takes no time to start, and is there from the beginning.
 
@@ -238,6 +240,7 @@ class Simulation:
             *(config, self.roles, self.ledger, prompts, self.tracker, run_dir, eval_prompts, filters),
             curriculum=curriculum,
             strategy=strategy,
+            shelf=shelf,
         )
 
     @property

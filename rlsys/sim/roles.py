@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.durable import writing
+from rlsys.durable import Files, writing
 from rlsys.errors import DataError, EngineError, WorkerDied
 from rlsys.metrics import Mean
 from rlsys.roles import (
@@ -36,6 +36,7 @@ from rlsys.roles import (
     UpdateReport,
 )
 from rlsys.segments import Strategy, scored
+from rlsys.storage import Place, deliver, fetch, let_go
 from rlsys.types import FinishReason, Prompt, Reward, Rollout, RolloutGroup, ScoredGroup, VersionSpan, group_info
 
 
@@ -273,13 +274,15 @@ class SimReference(Mortal):
         self.state = hashlib.sha256(f"{self.state}/{weights.payload}".encode()).hexdigest()
         self.versions.append(weights.version)
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, place: Place) -> Files:
         await self.living(asyncio.sleep(0))
-        (directory / "reference.json").write_text(json.dumps({"versions": self.versions, "state": self.state}))
+        text = json.dumps({"versions": self.versions, "state": self.state})
+        return deliver(place, lambda folder: (folder / "reference.json").write_text(text))
 
-    async def load(self, directory: Path) -> int:
+    async def load(self, place: Place) -> int:
         self.check()
-        saved = json.loads((directory / "reference.json").read_text())
+        saved = json.loads((fetch(place) / "reference.json").read_text())
+        let_go(place)
         self.versions, self.state = saved["versions"], saved["state"]
         return self.versions[-1] if self.versions else 0
 
@@ -303,7 +306,7 @@ class SimLearner(Mortal):
         self.version = 0
         self.state = "initial"
         self.batches: list[TrainedBatch] = []
-        self._saving: asyncio.Future[None] | None = None
+        self._saving: asyncio.Future[Files] | None = None
 
     async def step(self, items: Sequence[TrainItem]) -> StepReport:
         return await self.living(self._step(items))
@@ -341,22 +344,23 @@ class SimLearner(Mortal):
         await self.living(pause(self._rng, self._timing.publish_s))
         return PublishedWeights(self.version, {}, self.state, Probe((1, 2), (-0.5,)), gather_s=0.01)
 
-    async def save(self, directory: Path) -> Awaitable[None]:
+    async def save(self, place: Place) -> Awaitable[Files]:
         if self._saving is not None:
             await self.living(asyncio.wait([self._saving]))
         await self.living(asyncio.sleep(0))
         text = json.dumps({"version": self.version, "state": self.state})
-        self._saving = asyncio.ensure_future(self.living(self._write(directory / "learner.json", text)))
+        self._saving = asyncio.ensure_future(self.living(self._write(place, text)))
         return self._saving
 
-    async def _write(self, path: Path, text: str) -> None:
+    async def _write(self, place: Place, text: str) -> Files:
         await pause(self._rng, self._timing.save_s)
-        with writing(path):
-            path.write_text(text)  # noqa: ASYNC240 - a few bytes
+        with writing(Path(f"{place}/learner.json")):
+            return deliver(place, lambda folder: (folder / "learner.json").write_text(text))
 
-    async def load(self, directory: Path) -> int:
+    async def load(self, place: Place) -> int:
         self.check()
-        saved = json.loads((directory / "learner.json").read_text())
+        saved = json.loads((fetch(place) / "learner.json").read_text())
+        let_go(place)
         self.version, self.state = saved["version"], saved["state"]
         return self.version
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def assert_refused(rlsys: Callable, config: Path, overrides: list[str], *pattern
     [
         (["--driver.max_stalenes=1"], [r"command line: driver\.max_stalenes", r"did you mean 'max_staleness'"]),
         (["--rollout.max_new_tokens=many"], [r"rollout\.max_new_tokens: must be an integer; got 'many'"]),
+        (["--run.storage=runs"], [r"run\.storage: 'runs' must match"]),
+        (["--run.storage=nope://x"], [r"run\.storage: nope://x: Protocol not known: nope"]),
+        (["--model.tiny=null", "--model.path=nope://x"], [r"model\.path: nope://x: Protocol not known: nope"]),
+        (
+            ["--model.tiny=null", "--model.path=file:///no/model"],
+            [r"model\.path: there is nothing at file:///no/model"],
+        ),
         (["--rollout.temperature=-1"], [r"rollout\.temperature: must be greater than 0; got -1"]),
         (["--rollout.max_new_tokens=64"], [r"rollout\.max_new_tokens \(64\)", r"model\.max_length \(64\)"]),
         (["--driver.prompts_per_step=10", "--algorithm.minibatches=4"], [r"prompts_per_step \(10\)", r"\(4\)"]),
@@ -143,3 +151,10 @@ def test_a_directory_that_is_no_run(rlsys: Callable, config: Path, tmp_path: Pat
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     done = rlsys("train", config, "--run.dir=c.yaml")
     assert (done.code, "c.yaml is a file" in done.err) == (2, True)
+
+
+def test_the_package_of_a_storage_is_missing(rlsys: Callable, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    message = r"run\.storage: s3://bucket/run: Install s3fs to access S3: pip install 'rlsys\[s3\]', on every node"
+    assert_refused(rlsys, config, ["--run.storage=s3://bucket/{name}"], message)

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from rlsys.cli.rundir import archive_of, open_run_dir
+from rlsys.config.loading import load_config
 from rlsys.driver.checkpoints import Checkpoints, Manifest
+from rlsys.durable import fingerprints
+from rlsys.storage import deliver
 
 
 @pytest.fixture
@@ -16,9 +20,10 @@ def run(tmp_path: Path, tiny_model: Path) -> Path:
     """A run directory with checkpoints of the steps 10, 20 and 30, of which 20 is the best."""
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=3)
     for version, accuracy in ((10, 0.25), (20, 0.5), (30, 0.375)):
-        shutil.copytree(tiny_model, checkpoints.begin(version) / "hf")
+        folder = checkpoints.begin(version)
+        shutil.copytree(tiny_model, folder / "hf")
         (checkpoints.directory / f".step-{version:06d}.tmp" / "learner" / "hf" / "step").write_text(str(version))
-        checkpoints.commit(Manifest(version, 0, 0, [], 0, "", {}, {}))
+        checkpoints.commit(Manifest(version, 0, 0, [], 0, "", {}, {}), fingerprints(folder.parent))
         checkpoints.rate(version, accuracy)
     return tmp_path / "run"
 
@@ -75,6 +80,34 @@ def test_it_says_what_is_wrong(rlsys: Callable, run: Path, tmp_path: Path) -> No
     assert "no checkpoint has been evaluated" in refused(run, new, "--best")
     shutil.rmtree(run / "checkpoints")
     assert "holds no checkpoint" in refused(run, new)
+
+
+def test_out_of_a_storage(rlsys: Callable, tiny_model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: {tiny: {}}\nprompts: {train: {kind: sums}}\nrewards: {functions: [{name: right, kind: sums}]}\n"
+        f"run: {{dir: {tmp_path}/run, storage: 'file://{tmp_path}/storage'}}\n"
+    )
+    with open_run_dir(load_config(config)) as path:
+        checkpoints = Checkpoints(path / "checkpoints", shelf=archive_of(load_config(config), path))
+        place = checkpoints.begin(7)
+        files = deliver(place, lambda folder: shutil.copytree(tiny_model, folder / "hf"))
+        checkpoints.commit(
+            Manifest(7, 0, 0, [], 0, "", {}, {}), {f"learner/{name}": found for name, found in files.items()}
+        )
+    done = rlsys("export", path, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "the model of step 7" in done.out
+    names = {p.name for p in tiny_model.iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
+        name: (tiny_model / name).read_bytes() for name in names
+    }
+    [weights] = (tmp_path / "storage" / "checkpoints").rglob("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    done = rlsys("export", path, tmp_path / "other")
+    assert done.code == 1
+    assert "model.safetensors has changed" in done.err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_full_disk_leaves_nothing_of_it(rlsys: Callable, run: Path, small_disk: Callable) -> None:

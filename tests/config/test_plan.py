@@ -131,6 +131,11 @@ def test_memory_of_the_learner_is_cut_by_zero(config: Any) -> None:
         (["--model.tiny.head_dim=16"], {}, r"model\.tiny\.head_dim \(16\) must be one that vLLM has on a CPU: 32, 64"),
         (["--model.tiny.heads=3"], {}, r"model\.tiny\.heads \(3\) must be a multiple"),
         (["--profile=gpu", "--rollout.generators=2"], {}, r"profile gpu: 3 GPUs are needed .* this machine has 0"),
+        (
+            ["--run.storage=file:///x", "--trackers.wandb.log_model=true"],
+            {},
+            r"trackers\.wandb\.log_model .* with run\.storage",
+        ),
         (["--prompts.eval=null", "--eval.every=5"], {}, r"eval\.every is 5, but prompts\.eval is null"),
         (
             ["--driver.autoscale.generators=[2, 2]"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.driver.checkpoints import Checkpoints, Manifest, kept
-from rlsys.errors import DiskFullError
+from rlsys.durable import Files, fingerprints
+from rlsys.errors import DiskFullError, RunDirError
 
 OPERATIONS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")  # all that is done by name or to disk
 
@@ -25,12 +27,19 @@ def manifest(version: int, seed: int = 0) -> Manifest:
 def save(checkpoints: Checkpoints, version: int, seed: int = 0, size: int = 100) -> None:
     """A checkpoint of a few files; `seed` tells two of the same step apart."""
     folder = checkpoints.begin(version)
-    (folder / "hf").mkdir()
+    (folder / "hf").mkdir(parents=True)
     for name in ("learner.json", "policy-00000.safetensors", "hf/model.safetensors"):
         (folder / name).write_bytes(bytes([version, seed]) * size)
     (folder.parent / "reference").mkdir()
     (folder.parent / "reference" / "reference.safetensors").write_bytes(bytes([version, seed]) * size)
-    checkpoints.commit(manifest(version, seed))
+    checkpoints.commit(manifest(version, seed), fingerprints(folder.parent))
+
+
+def begin(checkpoints: Checkpoints, version: int, text: str) -> Files:
+    folder = checkpoints.begin(version)
+    folder.mkdir()
+    (folder / "learner.json").write_text(text)
+    return fingerprints(folder.parent)
 
 
 def found(directory: Path) -> tuple[int, int] | None:
@@ -301,7 +310,7 @@ def test_every_flipped_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
 def test_what_was_being_written_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 2)
-    (checkpoints.begin(4) / "learner.json").write_text("{")
+    begin(checkpoints, 4, "{")
     assert found(tmp_path) == (2, 0)
     assert Checkpoints(tmp_path).versions() == [2]
     save(Checkpoints(tmp_path), 5)
@@ -310,9 +319,9 @@ def test_what_was_being_written_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_saves_that_overlap_leave_each_other_alone(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    (checkpoints.begin(2) / "learner.json").write_text("{}")
+    files = begin(checkpoints, 2, "{}")
     save(checkpoints, 3)
-    checkpoints.commit(manifest(2))
+    checkpoints.commit(manifest(2), files)
     assert checkpoints.versions() == [2, 3]
 
 
@@ -339,6 +348,17 @@ def test_when_none_is_valid_it_is_said(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "step-000002" / "manifest.json").unlink()
     assert Checkpoints(tmp_path).newest() is None
     assert "no checkpoint in" in caplog.messages[-1]
+
+
+def test_files_that_are_not_here_are_told(tmp_path: Path) -> None:
+    """Whoever wrote them sees another folder under this name: on a cluster without shared storage."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 2)
+    files = begin(checkpoints, 4, "{}")
+    shutil.rmtree(tmp_path / ".step-000004.tmp" / "learner")
+    with pytest.raises(RunDirError, match=r"learner/learner\.json is missing: run\.dir has to be on storage that all"):
+        checkpoints.commit(manifest(4), files)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
 # ---- a full disk --------------------------------------------------------------------------------------------------

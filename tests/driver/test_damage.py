@@ -13,23 +13,26 @@ from typing import Any
 import pytest
 
 from rlsys.driver.checkpoints import Manifest
-from rlsys.durable import writing
+from rlsys.durable import Files, fingerprints, writing
 from rlsys.errors import DiskFullError, RunDirError
 from rlsys.sim.drive import Simulation, at, sim_config, simulate
 from rlsys.sim.roles import SimLearner
+from rlsys.storage import Place
 
 
 class Heavy(SimLearner):
     """Saves 128 KiB, too."""
 
-    async def save(self, directory: Path) -> Awaitable[None]:
-        written = await super().save(directory)
+    async def save(self, place: Place) -> Awaitable[Files]:
+        written = await super().save(place)
 
-        async def more() -> None:
+        async def more() -> Files:
+            assert isinstance(place, Path)
             await written
-            path = directory / "policy.safetensors"
+            path = place / "policy.safetensors"
             with writing(path):
                 path.write_bytes(bytes(128 * 1024))
+            return fingerprints(place)
 
         return more()
 
@@ -119,9 +122,9 @@ def test_what_a_checkpoint_counts_as_trained_is_in_the_store_before(tmp_path: Pa
             await asyncio.sleep(30.0)
             await settled(prompt_ids, fate, step)
 
-        def looking(manifest: Manifest) -> Path:
+        def looking(manifest: Manifest, files: Files) -> Place:
             found.append((tmp_path / "rollouts" / f"step-{manifest.version:06d}.parquet").is_file())
-            return commit(manifest)
+            return commit(manifest, files)
 
         simulation.store.settled = slowly  # type: ignore[method-assign]
         simulation.driver.checkpoints.commit = looking  # type: ignore[method-assign]

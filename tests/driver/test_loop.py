@@ -196,9 +196,9 @@ def test_evaluation_and_checkpoints_stop_neither_generation_nor_the_learner(tmp_
         async def __call__(self, directory: Path) -> Any:
             writing = await self.save(directory)
 
-            async def write() -> None:
+            async def write() -> Any:
                 await asyncio.sleep(50.0)
-                await writing
+                return await writing
 
             return write()
 
