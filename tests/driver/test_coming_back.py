@@ -221,6 +221,23 @@ def test_a_group_that_kills_the_reference_is_dropped_and_its_neighbours_are_not(
     assert summary["fates"] == {"trained": 24, "dropped": {"reference failed": 1}, "pending": 0}
 
 
+def test_with_a_bound_of_0_the_reference_scores_a_batch_as_the_learner_takes_it(tmp_path: Path) -> None:
+    scored: list[list[str]] = []
+
+    class Telling(SimReference):
+        async def logprobs(self, groups: Any) -> Any:
+            scored.append([group.prompt.id for group in groups])
+            return await super().logprobs(groups)
+
+    def act(simulation: Simulation) -> None:
+        simulation.reference.__class__ = Telling
+        made.append(simulation)
+
+    made: list[Simulation] = []
+    simulate(settings(0), tmp_path, act, with_reference=True)
+    assert scored == [list(batch.prompt_ids) for batch in made[0].learner.batches]
+
+
 @pytest.mark.parametrize("name", ["generator-0", "rewarder-0", "learner", "reference"])
 def test_what_dies_while_it_starts_is_started_again(tmp_path: Path, name: str) -> None:
     failures = iter([WorkerDied(name, "SIGKILL"), EngineError("out of memory")])
